@@ -1,0 +1,84 @@
+"""What every engine promises: tokens in, sampled tokens out, weights swapped underneath."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from matpo.config import Sampling
+from protocols.records import Floats, StopReason, Tokens
+from protocols.weights import Weights
+
+
+class EngineFailure(Exception):
+    """The engine could not answer (dead, hung, shutting down). The episode ends as `engine_failure` or is retried."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Generation:
+    """What one request sampled; the three arrays have equal length.
+
+    `stop` is `stop` (an end token, included in `tokens`), `length` (max_tokens reached) or `context` (the key/value
+    slots are full).
+    """
+
+    tokens: Tokens
+    logprobs: Floats
+    """log μ of each token after temperature, top-k and top-p, float32."""
+    versions: Tokens
+    """Version of the weights that sampled each token."""
+    stop: StopReason
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens) == len(self.logprobs) == len(self.versions):
+            lengths = f"{len(self.tokens)} tokens, {len(self.logprobs)} logprobs and {len(self.versions)} versions"
+            raise ValueError(f"generation has {lengths}")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a weight swap cost and what the engine now holds."""
+
+    version: int
+    digest: str
+    """Computed by the engine from the tensors it loaded."""
+    pause_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    state: Literal["ready", "starting", "failed"]
+    detail: str
+    running: int
+    """Requests being decoded."""
+    waiting: int
+    sampled_tokens: int
+    """Since the engine started."""
+
+
+class Engine(Protocol):
+    """Generates and follows weights. `generate` may be called from many tasks at once."""
+
+    @property
+    def version(self) -> int:
+        """Version of the weights in use; -1 before the first `load`."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Digest of the weights in use, as `protocols.weights.weights_digest` computes it."""
+        ...
+
+    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float) -> Generation:
+        """Sample a continuation of `tokens`.
+
+        Raises `ValueError` for a token outside the vocabulary or an empty prompt, `EngineFailure` if the engine dies
+        or `deadline_s` passes. A weight swap in between is invisible but for `versions`.
+        """
+        ...
+
+    async def load(self, weights: Weights, *, version: int) -> LoadReport:
+        """Swap in new weights between two decoding steps; running requests continue from their tokens."""
+        ...
+
+    async def health(self) -> EngineHealth: ...

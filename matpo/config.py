@@ -1,0 +1,364 @@
+"""The settings of a run: one frozen tree read from TOML, closed choices, unknown keys refused, defaults only here."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every part of the settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Sampling(Section):
+    """How tokens are drawn."""
+
+    temperature: float = Field(default=1.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    """0 keeps every token."""
+    max_tokens: int = Field(default=256, ge=1)
+    """Most tokens one turn may sample."""
+
+
+class Run(Section):
+    """What the run is called, where it lives and how long it lasts."""
+
+    name: str = "run"
+    dir: Path = Path("runs")
+    """Parent folder; the run's own folder is `dir/name-<time>` unless resumed."""
+    seed: int = 0
+    steps: int = Field(default=100, ge=0)
+    """Optimizer steps."""
+
+
+class Model(Section):
+    """The language model: a Hugging Face folder."""
+
+    path: Path
+    chat_template: Path | None = None
+    """A jinja file used instead of the tokenizer's own template."""
+
+
+class WorldData(Section):
+    """The generated fictional world: multi-hop questions over documents that a search server serves."""
+
+    kind: Literal["world"] = "world"
+    worlds: int = Field(default=200, ge=1)
+    """How many worlds to draw questions from."""
+    first_seed: int = Field(default=0, ge=0)
+    """World seeds are first_seed … first_seed + worlds - 1; keep training and evaluation apart."""
+    questions: int = Field(default=4096, ge=1)
+    hops: tuple[int, ...] = (1, 2, 3)
+
+
+class JsonlData(Section):
+    """One JSON object a line: question, answers (list) and optional metadata and tool_arguments."""
+
+    kind: Literal["jsonl"] = "jsonl"
+    path: Path
+    limit: int | None = Field(default=None, ge=1)
+
+
+Dataset = Annotated[WorldData | JsonlData, Field(discriminator="kind")]
+
+
+class Data(Section):
+    train: Dataset
+    evaluation: Dataset
+
+
+class Role(Section):
+    """One role of the shared policy."""
+
+    system: str
+    """System prompt. `{tools}` is replaced by the tool list when the chat template renders no tools itself."""
+    tools: tuple[str, ...] = ()
+    """MCP tools this role may call, as `server__tool` or a bare name that is unique; `server__*` allows all."""
+    delegates: tuple[str, ...] = ()
+    """Roles this one may call, each as a tool of the same name with the argument `subtask`."""
+    description: str = "Solves one subtask and reports back."
+    """Shown to the roles that may delegate to this one."""
+    max_turns: int = Field(default=20, ge=1)
+    max_context_tokens: int = Field(default=4096, ge=16)
+    sampling: Sampling = Sampling()
+    summary: Literal["always", "on_overflow", "never"] = "never"
+    """Ask for a final report in one extra turn without tools."""
+    summary_instruction: str = "This is your last turn. Do not call tools. Report your conclusion and what supports it."
+    summary_reserve_tokens: int = Field(default=256, ge=1)
+    """Context kept free for the final report."""
+    recap: bool = True
+    """Start a delegated role with the main question beside its subtask."""
+    first_message: str = "Main question: {question}\nYour subtask: {subtask}"
+    """First user message of a delegated role; the root role gets the question as it is."""
+    report_limit_characters: int = Field(default=20_000, ge=1)
+    """A report is cut to this length before it returns to its caller."""
+    report_message: str = "{report}"
+    """The user message that carries a report back to its caller."""
+    tool_result_limit_characters: int = Field(default=20_000, ge=1)
+
+
+class Episode(Section):
+    """How agents interact."""
+
+    workflow: Literal["planner_worker", "single_agent"] = "planner_worker"
+    root: str = "planner"
+    """The role that gets the question and whose final answer is scored."""
+    roles: dict[str, Role]
+    call_format: Literal["json", "xml"] = "json"
+    """Hermes/Qwen JSON in <tool_call> tags, or MATPO's <use_mcp_tool> XML."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """An episode that lasts longer is cancelled and masked."""
+
+    @model_validator(mode="after")
+    def _roles_exist(self) -> Episode:
+        if self.root not in self.roles:
+            raise ValueError(f"episode.root is {self.root!r}, which is not among the roles {sorted(self.roles)}")
+        for name, role in self.roles.items():
+            unknown = sorted(set(role.delegates) - set(self.roles))
+            if unknown:
+                raise ValueError(f"episode.roles.{name}.delegates names {unknown}, not among {sorted(self.roles)}")
+        return self
+
+
+class EmbeddedEngine(Section):
+    """Continuous batching in the actor's own process, for CPU or one small GPU."""
+
+    kind: Literal["embedded"] = "embedded"
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: int = Field(default=1, ge=1)
+    max_batch: int = Field(default=64, ge=1)
+    """Sequences decoded together."""
+    max_context_tokens: int = Field(default=1024, ge=16)
+    """Key/value slots per sequence."""
+
+
+Engine = EmbeddedEngine
+
+
+class Actor(Section):
+    """One `matpo-actor` process."""
+
+    count: int = Field(default=2, ge=1)
+    """Actors that `matpo run` starts on this machine."""
+    concurrency: int = Field(default=64, ge=1)
+    """Live episodes per actor."""
+    engine: Engine = EmbeddedEngine()
+    generate_timeout_s: float = Field(default=120.0, gt=0)
+    outbox_limit_trees: int = Field(default=2_000, ge=1)
+    """Finished trees kept on disk while the hub is away; then playing pauses."""
+
+
+class McpServer(Section):
+    """One entry of the usual `mcpServers` object, with our extras under `matpo`."""
+
+    command: str | None = None
+    args: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    cwd: str | None = None
+    url: str | None = None
+    headers: dict[str, str] = {}
+    type: Literal["stdio", "http", "streamable-http", "streamableHttp"] | None = None
+    matpo: ServerExtras = Field(default_factory=lambda: ServerExtras())
+
+    @model_validator(mode="after")
+    def _one_way_in(self) -> McpServer:
+        if (self.command is None) == (self.url is None):
+            raise ValueError("an MCP server needs either `command` (stdio) or `url` (HTTP), and not both")
+        return self
+
+
+class ServerExtras(Section):
+    """What matpo adds to an MCP server entry."""
+
+    timeout_s: float = Field(default=30.0, gt=0)
+    max_inflight: int = Field(default=64, ge=1)
+    max_result_bytes: int = Field(default=200_000, ge=1)
+    start_timeout_s: float = Field(default=30.0, gt=0)
+    idempotent: tuple[str, ...] = ()
+    """Tools that may be called again after an infrastructure failure."""
+    retries: int = Field(default=2, ge=0)
+    """For idempotent tools."""
+    allow: tuple[str, ...] = ()
+    """Only these tools; empty allows all."""
+    deny: tuple[str, ...] = ()
+
+
+McpServer.model_rebuild()
+
+
+class Tools(Section):
+    """The MCP servers the actors start or connect to."""
+
+    mcpServers: dict[str, McpServer] = {}
+    """Inline entries, as in Claude Desktop, Claude Code or Cursor files. `${VAR}` and `${VAR:-default}` expand."""
+    file: Path | None = None
+    """A JSON file with the same object, read beside the inline entries."""
+
+
+class Hub(Section):
+    """Leases, journal and weights."""
+
+    listen: str = "tcp://127.0.0.1:0"
+    """Where actors connect; port 0 takes a free one (it is printed and written to the run's folder)."""
+    lease_s: float = Field(default=60.0, gt=0)
+    """A lease no heartbeat renewed for so long is handed out again."""
+    heartbeat_s: float = Field(default=2.0, gt=0)
+    max_attempts: int = Field(default=3, ge=1)
+    """Leases of a group before it is closed with the trees it has."""
+    min_group: int = Field(default=2, ge=2)
+    """Fewest scored trees for a group to be trained on."""
+    max_message_bytes: int = Field(default=256 * 2**20, ge=2**16)
+    key_dir: Path | None = None
+    """CURVE keys (`matpo keys new`); required to listen beyond this machine."""
+    keyframe_every_steps: int = Field(default=20, ge=1)
+
+
+class Freshness(Section):
+    """How far data may lag behind the weights (design §6)."""
+
+    eta: int = Field(default=2, ge=0)
+    """Admission bound: episodes start while admitted < (version + eta + 1) · trees_per_step."""
+    max_staleness_steps: int = Field(default=16, ge=0)
+    """Trees with an older token are filtered and counted."""
+
+
+class Dppo(Section):
+    """Truncated importance weight, binary total-variation mask, squared log-ratio penalty (design §7)."""
+
+    name: Literal["dppo"] = "dppo"
+    delta: float = Field(default=0.2, gt=0, le=1)
+    """Mask a token whose probability already moved this far in the direction the advantage pushes."""
+    tau: float = Field(default=1e-3, ge=0)
+    """Weight of (log π/μ)²."""
+    ratio_cap: float = Field(default=2.0, gt=0)
+
+
+class Clip(Section):
+    """PPO's clipped surrogate on π/μ with a dual clip (the MATPO paper's)."""
+
+    name: Literal["clip"] = "clip"
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_high: float = Field(default=0.2, gt=0)
+    dual_clip: float = Field(default=3.0, gt=1)
+
+
+class Decoupled(Section):
+    """Clipped surrogate on π/π_old, weighted by the truncated π_old/μ (AReaL)."""
+
+    name: Literal["decoupled"] = "decoupled"
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_high: float = Field(default=0.2, gt=0)
+    ratio_cap: float = Field(default=2.0, gt=0)
+
+
+class Tis(Section):
+    """Policy gradient weighted by the truncated π/μ per token."""
+
+    name: Literal["tis"] = "tis"
+    ratio_cap: float = Field(default=2.0, gt=0)
+
+
+Objective = Annotated[Dppo | Clip | Decoupled | Tis, Field(discriminator="name")]
+
+
+class Learner(Section):
+    """One `matpo-learner`: what a step trains on and how."""
+
+    groups_per_step: int = Field(default=16, ge=1)
+    group_size: int = Field(default=8, ge=2)
+    """G, episodes per task."""
+    credit: Literal["broadcast", "leave_one_out"] = "broadcast"
+    normalise_by_std: bool = True
+    """`broadcast` only: divide the advantage by the group's standard deviation."""
+    weighting: Literal["tree", "token", "trajectory", "constant"] = "tree"
+    constant_tokens: int = Field(default=1024, ge=1)
+    """`constant` weighting (Dr. GRPO): every tree is divided by this many tokens."""
+    role_factors: dict[str, float] = {}
+    """Multiplies the loss weight of a role's tokens; 1 for roles not named, 0 freezes a role."""
+    objective: Objective = Dppo()
+    optimizer_steps_per_batch: int = Field(default=1, ge=1)
+    lr: float = Field(default=1e-5, gt=0)
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    grad_clip: float = Field(default=1.0, gt=0)
+    filter_zero_variance: bool = False
+    """Leave groups whose rewards are all equal out of the step (they are counted, and others are admitted instead)."""
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type; master weights and log-probabilities stay float32."""
+    publish_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    threads: int = Field(default=1, ge=1)
+    micro_batch_tokens: int = Field(default=16_384, ge=64)
+    checkpoint_every_steps: int = Field(default=20, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+    @property
+    def trees_per_step(self) -> int:
+        """Trees one optimizer step consumes when every group is complete."""
+        return self.groups_per_step * self.group_size
+
+
+class Rewards(Section):
+    """MATPO's reward: `answer · correct + format_weight · format` (reference: arXiv 2510.04678, code)."""
+
+    answer_weight: float = Field(default=0.9, ge=0)
+    format_weight: float = Field(default=0.1, ge=0)
+    answer: Literal["exact_match", "f1"] = "exact_match"
+    format_only_if_correct: bool = False
+
+
+class Evaluation(Section):
+    """Held-out questions played with other sampling, beside training."""
+
+    questions: int = Field(default=200, ge=0)
+    """Before the first and after the last step."""
+    every_steps: int = Field(default=0, ge=0)
+    """0: only before and after."""
+    questions_during: int = Field(default=64, ge=0)
+    temperature: float = Field(default=0.0, ge=0)
+
+
+class Config(Section):
+    """Everything a run needs to know. `matpo config FILE` prints it resolved."""
+
+    run: Run = Run()
+    model: Model
+    data: Data
+    episode: Episode
+    tools: Tools = Tools()
+    actor: Actor = Actor()
+    hub: Hub = Hub()
+    freshness: Freshness = Freshness()
+    learner: Learner = Learner()
+    rewards: Rewards = Rewards()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.hub.min_group > self.learner.group_size:
+            raise ValueError(
+                f"hub.min_group ({self.hub.min_group}) must be at most learner.group_size ({self.learner.group_size})"
+            )
+        unknown = sorted(set(self.learner.role_factors) - set(self.episode.roles))
+        if unknown:
+            raise ValueError(f"learner.role_factors names {unknown}, not among {sorted(self.episode.roles)}")
+        return self
+
+    @property
+    def shared_digest(self) -> str:
+        """Digest of what actors and learner must agree on, exchanged when an actor says hello."""
+        parts = [self.episode, self.tools, self.rewards, self.learner.group_size]
+        content = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
+        return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]

@@ -1,0 +1,267 @@
+"""Every message that crosses a process boundary. A header is one of these; bulk data follows as raw frames."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from protocols.records import Record, Task
+
+PROTOCOL = 1
+"""Raised whenever a message or the tree encoding changes; peers with another number are refused."""
+
+Purpose = Literal["train", "eval"]
+RefuseReason = Literal[
+    "malformed", "oversized", "unknown_peer", "wrong_protocol", "wrong_config",
+    "unknown_weights", "unknown_lease", "unknown_object", "unexpected", "draining",
+]  # fmt: skip
+
+
+class Wait(Record):
+    """Something a process is waiting for right now."""
+
+    who: str
+    what: str
+    since_s: float
+    """Seconds the wait has lasted."""
+    limit_s: float
+    """Seconds after which it is reported as a stall."""
+    remedy: str
+
+
+class WeightObject(Record):
+    """One downloadable file that, applied to `base` (None: to nothing), gives `version`."""
+
+    name: str
+    kind: Literal["keyframe", "delta", "fold"]
+    version: int
+    base: int | None
+    size_bytes: int
+    digest: str
+    """xxh3-128 of the file's bytes."""
+
+
+# Actor → hub
+
+
+class Hello(Record):
+    """First message of an actor, and again after a `Refuse(unknown_peer)`."""
+
+    kind: Literal["hello"] = "hello"
+    protocol: int
+    actor_id: str
+    tokenizer_digest: str
+    config_digest: str
+    """Digest of the settings both sides must share (roles, tools, rewards, model)."""
+    capacity: int
+    """Episodes it can play at once."""
+
+
+class LeaseRequest(Record):
+    """Asks for work; the hub answers with leases as freshness admits them, up to `episodes` episodes in all."""
+
+    kind: Literal["lease_request"] = "lease_request"
+    episodes: int
+
+
+class TreeUpload(Record):
+    """A finished tree, as frames (see `protocols.codec`). Kept by the actor until `Ack`."""
+
+    kind: Literal["tree_upload"] = "tree_upload"
+    tree_id: str
+
+
+class Heartbeat(Record):
+    """Renews the leases it names and says what the actor is doing."""
+
+    kind: Literal["heartbeat"] = "heartbeat"
+    leases: tuple[str, ...]
+    version: int
+    """Weights the engine holds; -1 for none yet."""
+    live_episodes: int
+    outbox_trees: int
+    sampled_tokens: int
+    """Since the actor started."""
+    waits: tuple[Wait, ...] = ()
+
+
+class ChunkRequest(Record):
+    """Asks for `size_bytes` bytes of a weight object from `offset`."""
+
+    kind: Literal["chunk_request"] = "chunk_request"
+    name: str
+    offset: int
+    size_bytes: int
+
+
+class WeightsLoaded(Record):
+    """The engine now samples with `version`, whose digest it computed itself."""
+
+    kind: Literal["weights_loaded"] = "weights_loaded"
+    version: int
+    digest: str
+    pause_s: float
+    """Seconds generation stood still for the swap."""
+
+
+class Goodbye(Record):
+    """The actor leaves; its leases go back at once."""
+
+    kind: Literal["goodbye"] = "goodbye"
+    reason: str
+
+
+# Hub → actor
+
+
+class Welcome(Record):
+    """The hub knows the actor; work and weights may follow."""
+
+    kind: Literal["welcome"] = "welcome"
+    run: str
+    heartbeat_s: float
+
+
+class Lease(Record):
+    """The right to play some episodes of one task until it expires."""
+
+    kind: Literal["lease"] = "lease"
+    lease_id: str
+    group_id: str
+    task: Task
+    episodes: tuple[int, ...]
+    """Indexes within the group."""
+    purpose: Purpose
+    min_version: int
+    """Play only with weights at least this new."""
+    expires_s: float
+    """Seconds from now, renewed by every heartbeat that names the lease."""
+
+
+class Ack(Record):
+    """The tree is in the journal; the actor may forget it."""
+
+    kind: Literal["ack"] = "ack"
+    tree_id: str
+
+
+class Refuse(Record):
+    """The last message was not accepted, and why."""
+
+    kind: Literal["refuse"] = "refuse"
+    reason: RefuseReason
+    detail: str
+    about: str = ""
+    """Id of what was refused (tree, lease, object), if it had one."""
+
+
+class Cancel(Record):
+    """Stop playing a lease; nothing of it will be accepted."""
+
+    kind: Literal["cancel"] = "cancel"
+    lease_id: str
+    reason: str
+
+
+class WeightsReady(Record):
+    """New weights can be pulled. Repeated with every heartbeat, so losing one is harmless."""
+
+    kind: Literal["weights_ready"] = "weights_ready"
+    version: int
+    digest: str
+    """Digest of the whole weights at `version` (see `protocols.weights`)."""
+    objects: tuple[WeightObject, ...]
+    """The actor pulls the smallest chain from what it holds to `version`."""
+
+
+class Chunk(Record):
+    """Bytes of a weight object, in one raw frame."""
+
+    kind: Literal["chunk"] = "chunk"
+    name: str
+    offset: int
+
+
+class Drain(Record):
+    """Finish or return what you hold, then leave."""
+
+    kind: Literal["drain"] = "drain"
+    reason: str
+
+
+# Trainer ↔ hub
+
+
+class TrainerHello(Record):
+    """The trainer is up at `step` of a new lineage; trees trained after `step` go back to pending."""
+
+    kind: Literal["trainer_hello"] = "trainer_hello"
+    protocol: int
+    step: int
+    config_digest: str
+
+
+class TrainerWelcome(Record):
+    """The lineage number the hub gave this start of the trainer."""
+
+    kind: Literal["trainer_welcome"] = "trainer_welcome"
+    lineage: int
+
+
+class BatchRequest(Record):
+    """Asks for the groups of optimizer step `step`; answered when enough are complete, or by `NotYet`."""
+
+    kind: Literal["batch_request"] = "batch_request"
+    step: int
+    """The step about to be taken, counting from 1."""
+
+
+class NotYet(Record):
+    """No batch yet; ask again. Says what the hub waits for."""
+
+    kind: Literal["not_yet"] = "not_yet"
+    waits: tuple[Wait, ...]
+
+
+class Batch(Record):
+    """The groups of one step, oldest first; each tree is `frame_counts[i]` frames of those that follow."""
+
+    kind: Literal["batch"] = "batch"
+    step: int
+    frame_counts: tuple[int, ...]
+
+
+class StepDone(Record):
+    """The optimizer step was taken with these trees; the ledger records it. Sent again until `Ok`."""
+
+    kind: Literal["step_done"] = "step_done"
+    step: int
+    trained: tuple[str, ...]
+    filtered: tuple[tuple[str, str], ...]
+    """(tree id, reason) of trees the trainer left out of the step."""
+
+
+class Publish(Record):
+    """New weight objects lie in the run's weight directory."""
+
+    kind: Literal["publish"] = "publish"
+    version: int
+    digest: str
+    objects: tuple[WeightObject, ...]
+
+
+class Ok(Record):
+    """Done and durable."""
+
+    kind: Literal["ok"] = "ok"
+
+
+ActorMessage = Hello | LeaseRequest | TreeUpload | Heartbeat | ChunkRequest | WeightsLoaded | Goodbye
+TrainerMessage = TrainerHello | BatchRequest | StepDone | Publish
+HubMessage = (
+    Welcome | Lease | Ack | Refuse | Cancel | WeightsReady | Chunk | Drain | TrainerWelcome | NotYet | Batch | Ok
+)
+Message = Annotated[ActorMessage | TrainerMessage | HubMessage, Field(discriminator="kind")]
+
+MESSAGE: TypeAdapter[ActorMessage | TrainerMessage | HubMessage] = TypeAdapter(Message)
