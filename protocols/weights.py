@@ -33,7 +33,7 @@ Weights = Mapping[str, Tensor]
 
 def tensor_digest(tensor: Tensor) -> str:
     """xxh3-128 of the tensor's bytes, in hex."""
-    return xxhash.xxh3_128_hexdigest(tensor.data.reshape(-1).view(np.uint8))
+    return xxhash.xxh3_128_hexdigest(tensor.data.reshape(-1).view(np.uint8).data)
 
 
 def weights_digest(weights: Weights) -> str:

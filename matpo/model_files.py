@@ -1,0 +1,42 @@
+"""What both sides know of a model without loading it: where its files are and which tokenizer it has."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from matpo.config import Model
+from matpo.errors import UserError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def model_folder(model: Model) -> Path:
+    """The model's folder, checked to hold a Hugging Face model."""
+    path = model.path.expanduser()
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"model.path {str(path)!r} holds no config.json; give the folder of a Hugging Face model"
+            " (models/quickstart ships with matpo, `make smollm2` prepares SmolLM2)"
+        )
+    return path
+
+
+def chat_template(model: Model) -> str | None:
+    """The text of the chat template that replaces the tokenizer's own, if one is configured."""
+    if model.chat_template is None:
+        return None
+    if not model.chat_template.is_file():
+        raise UserError(f"model.chat_template {str(model.chat_template)!r} does not exist; give a jinja file")
+    return model.chat_template.read_text(encoding="utf-8")
+
+
+def tokenizer_digest(model: Model) -> str:
+    """Digest of everything that turns text into tokens; actor and learner must agree on it."""
+    folder = model_folder(model)
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        file = folder / name
+        digest.update(name.encode() + b"\0" + (file.read_bytes() if file.is_file() else b"") + b"\0")
+    digest.update((chat_template(model) or "").encode())
+    return digest.hexdigest()[:16]
