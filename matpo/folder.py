@@ -1,0 +1,102 @@
+"""Where things lie in a run's folder."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from matpo.config import Config
+from matpo.errors import UserError
+from protocols.records import Record
+
+
+class HubAddress(Record):
+    """RUN/hub.json: where the running hub listens."""
+
+    endpoint: str
+    """For actors."""
+    trainer_endpoint: str
+    pid: int
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The folder of one run; every path other processes rely on is named here."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, config: Config) -> RunFolder:
+        """Make a new folder `run.dir/name-<local time>` and write the resolved config into it."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for suffix in ("", *(f"-{n}" for n in range(2, 100))):
+            folder = cls(config.run.dir / f"{config.run.name}-{stamp}{suffix}")
+            try:
+                folder.path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise UserError(
+                    f"run.dir {str(config.run.dir)!r} cannot be written ({error.strerror}); give another"
+                ) from error
+            folder.config.write_bytes(orjson.dumps(config.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
+            return folder
+        raise UserError(f"run.dir {str(config.run.dir)!r} already holds a hundred runs of this second; wait a moment")
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """A folder that an earlier `matpo run` made."""
+        folder = cls(path)
+        if not folder.config.is_file():
+            raise UserError(f"run {str(path)!r} holds no config.json; give a folder that `matpo run` made")
+        return folder
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.sqlite"
+
+    @property
+    def hub(self) -> Path:
+        return self.path / "hub.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def log(self, component: str) -> Path:
+        return self.path / "logs" / f"{component}.jsonl"
+
+    def trace(self, name: str) -> Path:
+        return self.path / "traces" / f"{name}.json"
+
+    def hub_address(self) -> HubAddress | None:
+        """Where the hub listens, or None while no hub of this run is alive."""
+        if not self.hub.is_file():
+            return None
+        address = HubAddress.model_validate_json(self.hub.read_bytes())
+        try:
+            os.kill(address.pid, 0)
+        except ProcessLookupError:
+            return None
+        return address
