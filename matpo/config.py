@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -303,6 +303,12 @@ class Learner(Section):
     micro_batch_tokens: int = Field(default=16_384, ge=64)
     checkpoint_every_steps: int = Field(default=20, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _default_objective(cls, value: object) -> object:
+        """Options of the default objective may be given without its name."""
+        return {"name": Dppo().name, **value} if isinstance(value, dict) else value
 
     @property
     def trees_per_step(self) -> int:

@@ -68,29 +68,47 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"unknown option {key} = {first['input']!r}; {hint}{more}"
     if first["type"] == "missing":
         return f"option {key} is missing; set it{more}"
+    if first["type"] == "union_tag_not_found":
+        tag = str(first.get("ctx", {}).get("discriminator", "")).strip("'")
+        return f"option {key}.{tag} is missing; known here: {', '.join(_tags_at(model, location, tag))}{more}"
     message = first["msg"].removeprefix("Value error, ")
     value = f" = {first['input']!r}" if key and not isinstance(first["input"], dict) else ""
     return f"{key}{value}: {message}{more}" if key else f"{message}{more}"
 
 
+def _tags_at(model: type[BaseModel], location: Sequence[str], tag: str) -> list[str]:
+    """The values that the discriminator `tag` of a union may have."""
+    constants = (_properties(node).get(tag, {}).get("const") for node in _nodes_at(model, location))
+    return sorted(str(constant) for constant in constants if constant is not None)
+
+
 def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
     """Names of the options a section has; for a union of sections, of all its members."""
+    return sorted({name for node in _nodes_at(model, location) for name in _properties(node)})
+
+
+def _nodes_at(model: type[BaseModel], location: Sequence[str]) -> list[Tree]:
     schema = model.model_json_schema()
     definitions = schema.get("$defs", {})
     nodes = [schema]
     for part in location:
         following = []
         for node in nodes:
-            child = node.get("properties", {}).get(part) or node.get("additionalProperties")
+            child = _properties(node).get(part) or node.get("additionalProperties")
             if isinstance(child, dict):
                 following += _resolve(child, definitions)
         nodes = following or nodes
-    return sorted({name for node in nodes for name in node.get("properties", {})})
+    return nodes
 
 
-def _resolve(node: dict[str, JsonValue], definitions: dict[str, dict[str, JsonValue]]) -> list[dict[str, JsonValue]]:
+def _properties(node: Tree) -> dict[str, Tree]:
+    found = node.get("properties")
+    return {name: child for name, child in found.items() if isinstance(child, dict)} if isinstance(found, dict) else {}
+
+
+def _resolve(node: Tree, definitions: dict[str, Tree]) -> list[Tree]:
     options = node.get("anyOf") or node.get("oneOf") or node.get("allOf") or [node]
-    found: list[dict[str, JsonValue]] = []
+    found: list[Tree] = []
     for option in options if isinstance(options, list) else []:
         if isinstance(option, dict):
             reference = option.get("$ref")

@@ -1,0 +1,74 @@
+"""`matpo`: reads the command line and starts the processes that do the work."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import orjson
+
+from matpo.cli.keys import add_keys_commands
+from matpo.cli.run import run
+from matpo.errors import UserError, run_command
+from matpo.load import load_config
+
+DESCRIPTION = "Asynchronous reinforcement learning for LLM agents that plan, delegate and use tools."
+
+
+def main() -> None:
+    """Entry point of the `matpo` command. Exit codes: 0 done, 2 something to fix, 130 interrupted."""
+    sys.exit(run_command(lambda: dispatch(sys.argv[1:])))
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    parsed, rest = _parser().parse_known_args(arguments)
+    if rest and parsed.command not in PASSED_ON:
+        raise UserError(f"unknown argument {rest[0]!r}; `matpo {parsed.command} --help` lists what there is")
+    match parsed.command:
+        case "run":
+            return run(parsed.config, parsed.override, resume=parsed.resume, dry_run=parsed.dry_run)
+        case "config":
+            config = load_config(parsed.config, parsed.override)
+            text = orjson.dumps(config.model_dump(mode="json"), option=orjson.OPT_INDENT_2).decode()
+            sys.stdout.write(text + "\n")
+            return 0
+        case "keys":
+            return int(parsed.act(parsed))
+        case command:
+            return subprocess.run([sys.executable, "-m", *PASSED_ON[command], *rest], check=False).returncode
+
+
+PASSED_ON = {
+    "doctor": ["learner.doctor"],
+    "replay": ["learner.trainer.replay"],
+    "eval": ["actors.evaluate"],
+    "tools": ["actors.tools"],
+}
+"""Commands that are programs of their own; their arguments are passed on as they are."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="matpo", description=DESCRIPTION)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("run", help="train on this machine: learner and actors as child processes")
+    command.add_argument("config", type=Path, help="TOML file, for example configs/quickstart.toml")
+    command.add_argument("override", nargs="*", help="section.key=value, for example learner.lr=1e-4")
+    command.add_argument("--resume", type=Path, metavar="RUN", help="go on in the folder of an earlier run")
+    command.add_argument("--dry-run", action="store_true", help="check everything that can be checked, start nothing")
+
+    command = commands.add_parser("config", help="print the resolved settings, or say what is wrong with them")
+    command.add_argument("config", type=Path)
+    command.add_argument("override", nargs="*")
+
+    add_keys_commands(commands.add_parser("keys", help="make and show the keys of encrypted links"))
+
+    commands.add_parser("doctor", help="who waits on whom, the ledger, the staleness forecast", add_help=False)
+    commands.add_parser("replay", help="train again from a run's journal alone", add_help=False)
+    commands.add_parser("eval", help="play the evaluation questions without training", add_help=False)
+    commands.add_parser("tools", help="list | call the tools of the configured MCP servers", add_help=False)
+    return parser

@@ -1,0 +1,107 @@
+"""`matpo run`: the learner and the actors of one run as child processes, watched until they are done."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import anyio
+from rich.console import Console
+
+from matpo.cli.children import Children, require_free, shown_path
+from matpo.cli.display import Display
+from matpo.cli.report import print_report
+from matpo.config import Config
+from matpo.datasets.load import load_tasks
+from matpo.errors import UserError
+from matpo.folder import RunFolder
+from matpo.load import load_config
+from matpo.model_files import model_folder, tokenizer_digest
+
+INTERRUPTED = 130
+
+
+def run(config_path: Path, overrides: Sequence[str], *, resume: Path | None, dry_run: bool) -> int:
+    """Train as `config_path` says and print the outcome; returns the exit code."""
+    config = load_config(config_path, overrides)
+    check(config)
+    if dry_run:
+        Console().print(f"{config_path}: everything that can be checked without starting is in order")
+        return 0
+    if resume is not None and overrides:
+        raise UserError("--resume takes no overrides: a run keeps the settings it started with")
+    folder = RunFolder.create(config) if resume is None else RunFolder.existing(resume)
+    if resume is not None:
+        config = load_config(folder.config)
+    require_free(folder)
+    console = Console()
+    console.print(f"run folder [bold]{shown_path(folder.path)}[/bold]  (Ctrl-C stops and saves)")
+    began = time.monotonic()
+    interrupted = _unwrap(lambda: anyio.run(_supervise, config, folder, console, backend_options={"use_uvloop": True}))
+    if folder.summary.is_file():
+        print_report(console, folder, seconds=time.monotonic() - began)
+    if interrupted:
+        console.print(f"stopped; go on with: matpo run {config_path} --resume {shown_path(folder.path)}")
+        return INTERRUPTED
+    return 0
+
+
+def check(config: Config) -> None:
+    """Find what is wrong before any process starts: model files, tokenizer, datasets."""
+    model_folder(config.model)
+    tokenizer_digest(config.model)
+    for dataset in (config.data.train, config.data.evaluation):
+        load_tasks(dataset, seed=config.run.seed)
+
+
+async def _supervise(config: Config, folder: RunFolder, console: Console) -> bool:
+    """Run the children to the end of the run; True if a signal ended it."""
+    children = Children(config, folder, {})
+    finished = anyio.Event()
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_heed_signals, children, console, name="signals")
+            tasks.start_soon(Display(config, folder, console).follow, name="display")
+            async with anyio.create_task_group() as processes:
+                processes.start_soon(children.learner, finished, name="learner")
+                for number in range(config.actor.count):
+                    processes.start_soon(children.actor, number, finished, name=f"actor-{number}")
+                await finished.wait()
+                await children.wait_for_leavers()
+            tasks.cancel_scope.cancel()
+    finally:
+        children.kill()
+    return children.stopping and not folder.summary.is_file()
+
+
+async def _heed_signals(children: Children, console: Console) -> None:
+    """The first Ctrl-C drains, the second ends everything at once."""
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            if children.stopping:
+                children.kill()
+            else:
+                console.print("stopping: the learner saves, the actors return their work (Ctrl-C again ends at once)")
+                children.drain()
+
+
+def _unwrap(work: Callable[[], bool]) -> bool:
+    """Call `work`; the first `UserError` inside an exception group is raised by itself."""
+    try:
+        return work()
+    except BaseExceptionGroup as group:
+        found = _first(group)
+        if found is None:
+            raise
+        raise found from group
+
+
+def _first(group: BaseExceptionGroup) -> UserError | None:
+    for error in group.exceptions:
+        if isinstance(error, UserError):
+            return error
+        if isinstance(error, BaseExceptionGroup) and (inner := _first(error)) is not None:
+            return inner
+    return None
