@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -30,29 +29,19 @@ from protocols.refusals import (
     HubSilent,
     HubUnreachable,
     KeysNeeded,
+    Received,
     WrongKey,
-    check_keys,
+    check_endpoint,
+    check_identity,
     is_local,
     read_for_hub,
     read_from_hub,
 )
 
 __all__ = [
-    "CannotListen",
-    "ChannelError",
-    "Frame",
-    "HubClient",
-    "HubInput",
-    "HubSilent",
-    "HubSocket",
-    "HubUnreachable",
-    "KeysNeeded",
-    "Received",
-    "TrainerLink",
-    "WrongKey",
-    "is_local",
-    "new_keys",
-]
+    "CannotListen", "ChannelError", "Frame", "HubClient", "HubInput", "HubSilent", "HubSocket", "HubUnreachable",
+    "KeysNeeded", "Received", "TrainerLink", "WrongKey", "is_local", "new_keys",
+]  # fmt: skip
 
 _LINGER_MS: Final = 1000
 """How long closing waits for what was sent last: a Drain or Goodbye should arrive, a dead peer should not hold us."""
@@ -71,24 +60,18 @@ def _new_pair() -> KeyPair:
     return KeyPair(public=public.decode(), secret=secret.decode())
 
 
-class _Waker:
-    """Lets tasks wait for a ZeroMQ socket. Its file descriptor signals edges only, and any operation on the socket may
-    swallow one, so `notice` is called after each. Nothing is received before the waiter runs: cancelling loses nothing.
+class _AsyncSocket:
+    """A ZeroMQ socket for tasks. Its descriptor signals edges only, and any operation on the socket may swallow one, so
+    `_notice` follows each. A message is taken only when its waiter runs: cancelling one loses nothing.
     """
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
         self._changed = anyio.Event()
-        self._loop = asyncio.get_running_loop()
-        self._descriptor = socket.fileno()
-        self._loop.add_reader(self._descriptor, self.notice)
+        self.close = _on_readable(socket, self._notice)
 
-    def ready(self, flag: zmq.PollEvent) -> bool:
-        return _ready(self._socket, flag)
-
-    def notice(self) -> None:
-        if _ready(self._socket, zmq.POLLIN | zmq.POLLOUT):
-            self.wake()
+    def ready(self, events: int) -> bool:
+        return _ready(self._socket, events)
 
     def wake(self) -> None:
         self._changed.set()
@@ -98,26 +81,37 @@ class _Waker:
         while not condition():
             await self._changed.wait()
 
-    def close(self) -> None:
-        self._loop.remove_reader(self._descriptor)
+    async def receive(self) -> list[memoryview]:
+        while True:
+            await anyio.lowlevel.checkpoint()  # a peer that never stops sending must not starve the other tasks
+            await self.until(lambda: self.ready(zmq.POLLIN))
+            parts = _receive(self._socket)
+            self._notice()
+            if parts is not None:
+                return parts
 
+    def send(self, parts: Sequence[Frame]) -> bool:
+        """False when there is nobody to send to."""
+        try:
+            self._socket.send_multipart(parts, flags=zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            return False
+        finally:
+            self._notice()
+        return True
 
-@dataclass(frozen=True, slots=True)
-class Received:
-    """One accepted message of an actor or the trainer."""
-
-    peer: bytes
-    """Routing id to answer to: an actor's id, or an invented one for the trainer."""
-    message: HubInput
-    frames: tuple[memoryview, ...]
+    def _notice(self) -> None:
+        if self.ready(zmq.POLLIN | zmq.POLLOUT):
+            self.wake()
 
 
 class HubSocket:
     """The hub's end. One `receive` loop, any number of senders."""
 
     def __init__(self, socket: zmq.Socket[bytes], *, max_message_bytes: int) -> None:
-        self._socket = socket
-        self._waker = _Waker(socket)
+        self._socket = _AsyncSocket(socket)
         self._max_message_bytes = max_message_bytes
         self.endpoint: str = socket.getsockopt_string(zmq.LAST_ENDPOINT)
         """Where peers connect, a free port filled in."""
@@ -130,7 +124,7 @@ class HubSocket:
         cls, endpoint: str, *, keys: HubKeys | None = None, max_message_bytes: int = 256 * 2**20
     ) -> AsyncIterator[Self]:
         """Listen. Raises `KeysNeeded` beyond this machine without keys, `CannotListen` where the address is taken."""
-        check_keys(endpoint, keys)
+        check_endpoint(endpoint, keys)
         context = zmq.Context()
         zap = None if keys is None else _Doorkeeper(context, keys)
         socket = context.socket(zmq.ROUTER)
@@ -150,14 +144,12 @@ class HubSocket:
             try:
                 socket.bind(endpoint)
             except zmq.ZMQError as error:
-                raise CannotListen(
-                    f"cannot listen on {endpoint}: {error.strerror}; set hub.listen to a free address of this machine"
-                ) from error
+                raise CannotListen(endpoint, zmq.strerror(error.errno or 0)) from error
             hub = cls(socket, max_message_bytes=max_message_bytes)
             try:
                 yield hub
             finally:
-                hub._waker.close()
+                hub._socket.close()
         finally:
             if zap is not None:
                 zap.close()
@@ -166,40 +158,24 @@ class HubSocket:
     async def receive(self) -> Received:
         """The next message that is fit to be handled; all others are answered by `Refuse` and counted."""
         while True:
-            await anyio.lowlevel.checkpoint()
-            await self._waker.until(lambda: self._waker.ready(zmq.POLLIN))
-            parts = _receive(self._socket)
-            self._waker.notice()
-            if parts is None:
-                continue
-            peer = bytes(parts[0])
-            message = read_for_hub(parts[1:], max_message_bytes=self._max_message_bytes)
+            sender, *parts = await self._socket.receive()
+            peer = bytes(sender)
+            message = read_for_hub(parts, max_message_bytes=self._max_message_bytes)
             if not isinstance(message, Refuse):
-                return Received(peer, message, tuple(parts[2:]))
+                return Received(peer, message, tuple(parts[1:]))
             self.refused[message.reason] += 1
             await self.send(peer, message)
 
     async def send(self, peer: bytes, message: HubMessage, frames: Sequence[Frame] = ()) -> bool:
         """Hand a message to the network; False when the peer is not connected. Frames must not change afterwards."""
-        try:
-            self._socket.send_multipart(
-                [peer, message.model_dump_json().encode(), *frames], flags=zmq.NOBLOCK, copy=False
-            )
-        except zmq.ZMQError as error:
-            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                raise
-            return False
-        finally:
-            self._waker.notice()
-        return True
+        return self._socket.send([peer, message.model_dump_json().encode(), *frames])
 
 
 class HubClient:
     """An actor's end."""
 
     def __init__(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
-        self._socket = socket
-        self._waker = _Waker(socket)
+        self._socket = _AsyncSocket(socket)
         self._endpoint = endpoint
         self.refused: Counter[str] = Counter()
         """Messages of the hub that made no sense, by reason; they are skipped."""
@@ -213,7 +189,8 @@ class HubClient:
 
         Raises `KeysNeeded`, `WrongKey`, or `HubUnreachable` after `deadline_s` seconds.
         """
-        check_keys(endpoint, keys)
+        check_endpoint(endpoint, keys)
+        check_identity(identity)
         context = zmq.Context()
         socket = context.socket(zmq.DEALER)
         try:
@@ -227,69 +204,47 @@ class HubClient:
                 socket.curve_secretkey = keys.pair.secret.encode()
                 socket.curve_serverkey = keys.hub.encode()
             client = cls(socket, endpoint)
-            watcher = _HandshakeWatcher(socket, client._waker.wake)
+            watcher = _HandshakeWatcher(socket, client._socket.wake)
             try:
-                _connect(socket, endpoint)
+                socket.connect(endpoint)
                 await client._handshake(watcher, keys, deadline_s)
                 yield client
             finally:
-                watcher.close(socket)
-                client._waker.close()
+                watcher.close()
+                client._socket.close()
         finally:
             await _close(context, socket)
 
     @property
     def connected(self) -> bool:
         """Whether the hub is there now."""
-        return self._waker.ready(zmq.POLLOUT)
+        return self._socket.ready(zmq.POLLOUT)
 
     async def wait_connected(self) -> None:
         """Until the hub is there. Bound it with a deadline of your own."""
-        await self._waker.until(lambda: self.connected)
+        await self._socket.until(lambda: self.connected)
 
     async def send(self, message: ActorMessage, frames: Sequence[Frame] = ()) -> bool:
         """Hand a message to the network; False when the hub is away: nothing was queued, send it again later.
 
         Frames must not change afterwards.
         """
-        if not self.connected:
-            return False
-        try:
-            self._socket.send_multipart([message.model_dump_json().encode(), *frames], flags=zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            return False
-        finally:
-            self._waker.notice()
-        return True
+        return self.connected and self._socket.send([message.model_dump_json().encode(), *frames])
 
     async def receive(self) -> tuple[HubMessage, tuple[memoryview, ...]]:
         """The hub's next message. Cancelling (a deadline) loses none."""
         while True:
-            await anyio.lowlevel.checkpoint()
-            await self._waker.until(lambda: self._waker.ready(zmq.POLLIN))
-            parts = _receive(self._socket)
-            self._waker.notice()
-            message = None if parts is None else read_from_hub(parts[0], self.refused)
-            if parts is not None and message is not None:
-                return message, tuple(parts[1:])
+            header, *frames = await self._socket.receive()
+            message = read_from_hub(header, self.refused)
+            if message is not None:
+                return message, tuple(frames)
 
     async def _handshake(self, watcher: _HandshakeWatcher, keys: ActorKeys | None, deadline_s: float) -> None:
         with anyio.move_on_after(deadline_s):
-            await self._waker.until(lambda: self.connected or watcher.hopeless)
+            await self._socket.until(lambda: self.connected or watcher.hopeless)
         if self.connected:
             return
-        if watcher.hopeless:
-            if keys is None:
-                raise WrongKey(
-                    f"hub at {self._endpoint} wants keys; set hub.key_dir to the directory of its `matpo keys new`"
-                )
-            raise WrongKey(
-                f"hub at {self._endpoint} does not accept the key {keys.pair.public}; run `matpo keys allow"
-                f" '{keys.pair.public}'` there, and check that actor.key was made with its hub.key"
-            )
-        raise HubUnreachable(
-            f"no hub answered at {self._endpoint} within {deadline_s:g} s; start matpo-learner or correct --hub"
-        )
+        raise WrongKey(self._endpoint, keys) if watcher.hopeless else HubUnreachable(self._endpoint, deadline_s)
 
 
 class TrainerLink:
@@ -325,10 +280,7 @@ class TrainerLink:
         while True:
             left_s = started + deadline_s - time.monotonic()
             if left_s <= 0:
-                raise HubSilent(
-                    f"hub at {self._endpoint} has not answered {message.kind} for {deadline_s:g} s (waiting for"
-                    f" {waiting_for}); see `matpo doctor` and the hub's log"
-                )
+                raise HubSilent(self._endpoint, message.kind, deadline_s, waiting_for)
             self._socket.send_multipart(parts, copy=False)
             if self._socket.poll(int(1000 * min(patience_s, left_s)) + 1):
                 received = _receive(self._socket)
@@ -343,7 +295,7 @@ class TrainerLink:
         socket = self._context.socket(zmq.DEALER)
         _set_common_options(socket, self._endpoint)
         socket.sndhwm, socket.rcvhwm = 0, 0
-        _connect(socket, self._endpoint)
+        socket.connect(self._endpoint)
         return socket
 
 
@@ -353,10 +305,12 @@ class _Doorkeeper:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: HubKeys) -> None:
         self._keys = keys
         self._socket = context.socket(zmq.REP)
-        self._socket.linger = 0
         self._socket.bind(_ZAP_ENDPOINT)
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._socket.fileno(), self._answer_all)
+        self._unwatch = _on_readable(self._socket, self._answer_all)
+
+    def close(self) -> None:
+        self._unwatch()
+        self._socket.close(linger=0)
 
     def _answer_all(self) -> None:
         while _ready(self._socket, zmq.POLLIN):
@@ -365,40 +319,48 @@ class _Doorkeeper:
             verdict = [b"200", b"OK"] if known else [b"400", b"key not allowed"]
             self._socket.send_multipart([version, request, *verdict, b"", b""])
 
-    def close(self) -> None:
-        self._loop.remove_reader(self._socket.fileno())
-        self._socket.close(linger=0)
-
 
 class _HandshakeWatcher:
     """Notices that the hub answers but will never let us in."""
 
     def __init__(self, socket: zmq.Socket[bytes], wake: Callable[[], None]) -> None:
         self._wake = wake
-        self._rejected = False
-        self._failures = 0
+        self._refused = False
+        self._broken_off = 0
+        self._socket = socket
         self._monitor = socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         )
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._monitor.fileno(), self._note)
+        self._unwatch = _on_readable(self._monitor, self._note)
 
     @property
     def hopeless(self) -> bool:
-        """Refused by key, or three handshakes broken off: a hub that holds another key just hangs up."""
-        return self._rejected or self._failures >= 3
+        """Refused, or three handshakes broken off: a hub that holds another key just hangs up."""
+        return self._refused or self._broken_off >= 3
+
+    def close(self) -> None:
+        self._unwatch()
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
 
     def _note(self) -> None:
         while _ready(self._monitor, zmq.POLLIN):
             event = parse_monitor_message(self._monitor.recv_multipart())["event"]
-            self._rejected |= event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
-            self._failures += 1
+            self._refused |= event in (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+            self._broken_off += 1
         self._wake()
 
-    def close(self, socket: zmq.Socket[bytes]) -> None:
-        self._loop.remove_reader(self._monitor.fileno())
-        socket.disable_monitor()
-        self._monitor.close(linger=0)
+
+def _on_readable(socket: zmq.Socket[bytes], callback: Callable[[], None]) -> Callable[[], None]:
+    """Have the event loop run `callback` when something happened to the socket; returns what ends that."""
+    loop, descriptor = asyncio.get_running_loop(), socket.fileno()
+    loop.add_reader(descriptor, callback)
+    callback()  # libzmq signals only those who have looked at the events once
+
+    def stop() -> None:
+        loop.remove_reader(descriptor)
+
+    return stop
 
 
 def _ready(socket: zmq.Socket[bytes], flags: int) -> bool:
@@ -413,15 +375,6 @@ def _set_common_options(socket: zmq.Socket[bytes], endpoint: str) -> None:
     socket.ipv6 = "[" in endpoint
     # Half-open connections (a machine that vanished) are noticed by libzmq's own thread, however busy Python is.
     socket.heartbeat_ivl, socket.heartbeat_timeout = 5_000, 20_000
-
-
-def _connect(socket: zmq.Socket[bytes], endpoint: str) -> None:
-    try:
-        socket.connect(endpoint)
-    except zmq.ZMQError as error:
-        raise HubUnreachable(
-            f"hub address {endpoint!r} cannot be used: {error.strerror}; expected tcp://HOST:PORT"
-        ) from error
 
 
 def _receive(socket: zmq.Socket[bytes]) -> list[memoryview] | None:

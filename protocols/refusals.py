@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Final
 from urllib.parse import urlsplit
 
@@ -31,44 +32,89 @@ class ChannelError(Exception):
 class KeysNeeded(ChannelError, ValueError):
     """An address beyond this machine was to be used without keys."""
 
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(
+            f"{endpoint} is not on this machine and no keys are set; make them with `matpo keys new DIR`"
+            " and set hub.key_dir=DIR"
+        )
+
 
 class CannotListen(ChannelError):
-    """The hub's address is taken, malformed or not ours."""
+    """The hub's address is taken or not ours."""
+
+    def __init__(self, endpoint: str, reason: str) -> None:
+        super().__init__(f"cannot listen on {endpoint}: {reason}; set hub.listen to a free address of this machine")
 
 
 class HubUnreachable(ChannelError):
     """Nobody answered at the hub's address in time."""
 
+    def __init__(self, endpoint: str, deadline_s: float) -> None:
+        super().__init__(
+            f"no hub answered at {endpoint} within {deadline_s:g} s; start matpo-learner or correct the address"
+        )
+
 
 class WrongKey(ChannelError):
     """Somebody answered, but the keys do not match."""
+
+    def __init__(self, endpoint: str, keys: ActorKeys | None) -> None:
+        super().__init__(
+            f"hub at {endpoint} wants keys; copy actor.key from its hub.key_dir and set hub.key_dir to where it lies"
+            if keys is None
+            else f"hub at {endpoint} does not accept the key {keys.pair.public}; there, run `matpo keys allow"
+            f" '{keys.pair.public}'` and check that this actor.key was made together with its hub.key"
+        )
 
 
 class HubSilent(ChannelError):
     """The hub did not answer a request in time."""
 
+    def __init__(self, endpoint: str, question: str, deadline_s: float, waiting_for: str) -> None:
+        super().__init__(
+            f"hub at {endpoint} has not answered {question} for {deadline_s:g} s (waiting for {waiting_for});"
+            " see `matpo doctor` and the hub's log"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One accepted message of an actor or the trainer."""
+
+    peer: bytes
+    """Routing id to answer to: an actor's id, or an invented one for the trainer."""
+    message: HubInput
+    frames: tuple[memoryview, ...]
+
 
 def is_local(endpoint: str) -> bool:
     """Whether only processes of this machine can be at the other end."""
     parts = urlsplit(endpoint)
-    if parts.scheme in ("ipc", "inproc"):
-        return True
-    host = parts.hostname or ""
-    if host == "localhost":
+    if parts.scheme in ("ipc", "inproc") or parts.hostname == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(parts.hostname or "").is_loopback
     except ValueError:
         return False
 
 
-def check_keys(endpoint: str, keys: HubKeys | ActorKeys | None) -> None:
-    """Raise `KeysNeeded` for an address beyond this machine without keys."""
+def check_endpoint(endpoint: str, keys: HubKeys | ActorKeys | None) -> None:
+    """Raise `ChannelError` for what is no address, `KeysNeeded` for one beyond this machine without keys."""
+    parts = urlsplit(endpoint)
+    try:
+        usable = parts.scheme == "ipc" or (parts.scheme == "tcp" and parts.hostname and parts.port is not None)
+    except ValueError:  # a port that is none
+        usable = False
+    if not usable:
+        raise ChannelError(f"{endpoint!r} is not an address; expected tcp://HOST:PORT or ipc://PATH")
     if keys is None and not is_local(endpoint):
-        raise KeysNeeded(
-            f"{endpoint} is not on this machine and no keys are set; make them with `matpo keys new DIR`"
-            " and set hub.key_dir = DIR"
-        )
+        raise KeysNeeded(endpoint)
+
+
+def check_identity(identity: str) -> None:
+    """Raise `ChannelError` for an actor id that cannot be a ZeroMQ routing id."""
+    if not 1 <= len(identity.encode()) <= 255 or identity[0] == "\0":
+        raise ChannelError(f"actor id {identity!r} must be 1 to 255 bytes long and not start with a zero byte")
 
 
 def read_for_hub(parts: Sequence[memoryview], *, max_message_bytes: int) -> HubInput | Refuse:
