@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from actors.scene import Stage
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Literal
+
+import anyio
+
+from actors.scene import Run, Scene, Stage
+from actors.workflows.planner_worker import planner_worker
+from actors.workflows.single_agent import single_agent
+from matpo.rewards.performance import Performance, Play
+from matpo.rewards.score import score
 from protocols.messages import Purpose
-from protocols.records import EpisodeTree, Task
+from protocols.records import EpisodeTree, Task, ToolSpan
+
+Workflow = Callable[[Scene], Awaitable[None]]
+WORKFLOWS: Mapping[Literal["planner_worker", "single_agent"], Workflow] = {
+    "planner_worker": planner_worker,
+    "single_agent": single_agent,
+}
 
 
 async def play_episode(
@@ -15,4 +31,29 @@ async def play_episode(
     Infrastructure trouble (a tool outage, an engine that died, the time limit) is in the statuses and leaves every
     reward None; it raises nothing. Cancelling the call from outside cancels the episode and nothing is returned.
     """
-    raise NotImplementedError
+    scene = Scene(stage, task, purpose)
+    settings = stage.config.episode
+    with anyio.move_on_after(settings.timeout_s):
+        await WORKFLOWS[settings.workflow](scene)
+    trajectories = tuple(run.talk.trajectory(parent=run.parent, status=run.status) for run in scene.runs)
+    used = sorted({version for trajectory in trajectories for version in set(trajectory.versions.tolist())})
+    play = Play(task, tuple(_performance(run, index, scene.spans) for index, run in enumerate(scene.runs)))
+    return EpisodeTree(
+        tree_id=uuid.uuid4().hex,
+        group_id=group_id,
+        lease_id=lease_id,
+        episode=episode,
+        actor_id=stage.actor_id,
+        task=task,
+        trajectories=trajectories,
+        rewards=score(play, stage.config.rewards),
+        weights=stage.stamps(used),
+        tool_spans=tuple(scene.spans),
+        started_at=scene.started_at,
+        seconds=scene.elapsed_s,
+    )
+
+
+def _performance(run: Run, index: int, spans: list[ToolSpan]) -> Performance:
+    calls = tuple(span for span in spans if span.trajectory == index)
+    return Performance(run.role, run.status, run.final, run.subtask, tuple(run.results), calls)

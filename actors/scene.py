@@ -2,21 +2,211 @@
 
 from __future__ import annotations
 
-from typing import Self
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, Self
 
+from pydantic import JsonValue
+
+from actors.calls import AGENT_SERVER, FORMATS, CallFormat, Offer, function_schema
+from actors.conversation import Conversation
 from actors.engines.engine import Engine
-from actors.tools.plane import ToolPlane
-from matpo.config import Config
+from actors.render import Frame, Renderer
+from matpo.config import Config, Role, Sampling
+from matpo.errors import UserError
+from protocols.messages import Purpose
+from protocols.records import Outcome, Status, Task, ToolSpan, WeightStamp
+
+_PLACE = re.compile(r"\{(question|subtask|report|tools)\}")
+
+
+def fill(template: str, **values: str) -> str:
+    """Replace `{name}` by `values[name]` in one pass, so that braces inside a value mean nothing."""
+    return _PLACE.sub(lambda match: values.get(match[1], match[0]), template)
+
+
+class ToolAnswer(Protocol):
+    """What a tool call came to; see `actors.tools.plane.ToolResult`."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def outcome(self) -> Outcome: ...
+    @property
+    def server(self) -> str: ...
+    @property
+    def tool(self) -> str: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def result_bytes(self) -> int: ...
+
+
+class ToolOffer(Protocol):
+    """A tool as its server describes it; see `actors.tools.plane.ToolSpec`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def server(self) -> str: ...
+    @property
+    def tool(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+    @property
+    def parameters(self) -> Mapping[str, JsonValue]: ...
+
+
+class Toolbox(Protocol):
+    """What agents need of `actors.tools.plane.ToolPlane`."""
+
+    def specs(self, patterns: Sequence[str], *, hidden: frozenset[str] = frozenset()) -> Sequence[ToolOffer]:
+        """The tools that match, in a fixed order, without the arguments named in `hidden`."""
+        ...
+
+    async def call(
+        self, name: str, arguments: Mapping[str, JsonValue], *, fixed: Mapping[str, JsonValue]
+    ) -> ToolAnswer:
+        """Call a tool by its model-facing name; a bad tool or server is in the answer, never raised."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A role, ready to be played: its first prompt's frame and what it may call."""
+
+    role: Role
+    offers: Mapping[str, Offer]
+    opening: Frame
+    sampling: Sampling
 
 
 class Stage:
     """The engine, the tools, the tokenizer and the roles that every episode of this actor uses."""
 
+    def __init__(self, config: Config, *, engine: Engine, tools: Toolbox, renderer: Renderer, actor_id: str) -> None:
+        self.config = config
+        self.engine = engine
+        self.tools = tools
+        self.renderer = renderer
+        self.actor_id = actor_id
+        self.calls: CallFormat = FORMATS[config.episode.call_format]
+        self.digests: dict[int, str] = {}
+        """Weight version → digest, for every version the engine was seen to hold."""
+        self._parts: dict[tuple[str, frozenset[str], Purpose], Part] = {}
+        if config.episode.workflow == "single_agent" and (peers := config.episode.roles[config.episode.root].delegates):
+            raise UserError(f"episode.workflow single_agent has nobody to delegate to; empty delegates = {list(peers)}")
+        for name in config.episode.roles:
+            self.part(name, hidden=frozenset(), purpose="train")
+
     @classmethod
-    def open(cls, config: Config, *, engine: Engine, tools: ToolPlane, actor_id: str) -> Self:
+    def open(cls, config: Config, *, engine: Engine, tools: Toolbox, actor_id: str) -> Self:
         """Load the tokenizer and check roles, templates and tools; `UserError` names what does not fit."""
-        raise NotImplementedError
+        return cls(config, engine=engine, tools=tools, renderer=Renderer.load(config.model), actor_id=actor_id)
 
     def note_weights(self) -> None:
         """Remember the version and digest the engine holds now; call it after every `engine.load`."""
-        raise NotImplementedError
+        if self.engine.version >= 0:
+            self.digests[self.engine.version] = self.engine.digest
+
+    def stamps(self, versions: Sequence[int]) -> tuple[WeightStamp, ...]:
+        """The digests of the weights that sampled an episode's tokens."""
+        unknown = sorted(set(versions) - set(self.digests))
+        if unknown:
+            raise LookupError(f"tokens of weights {unknown} were sampled, but note_weights was not called for them")
+        return tuple(WeightStamp(version=v, digest=self.digests[v]) for v in versions)
+
+    def part(self, name: str, *, hidden: frozenset[str], purpose: Purpose) -> Part:
+        """The role `name` for tasks that fix the arguments named in `hidden`."""
+        key = (name, hidden, purpose)
+        part = self._parts.get(key)
+        if part is None:
+            part = self._parts[key] = self._prepare(name, hidden, purpose)
+        return part
+
+    def _prepare(self, name: str, hidden: frozenset[str], purpose: Purpose) -> Part:
+        episode = self.config.episode
+        role = episode.roles[name]
+        offers = {spec.name: _offer(spec) for spec in self.tools.specs(role.tools, hidden=hidden)}
+        for callee in role.delegates:
+            if callee in offers:
+                raise UserError(
+                    f"episode.roles.{name} may call both a tool and a role named {callee!r}; rename the role"
+                )
+            offers[callee] = _delegation(callee, episode.roles[callee])
+        schemas = [function_schema(offer) for offer in offers.values()]
+        by_template = episode.call_format == "json" and self.renderer.lists_tools(schemas)
+        listing = "" if by_template else self.calls.describe(tuple(offers.values()))
+        system = fill(role.system, tools=listing).strip()
+        sampling = role.sampling
+        if purpose == "eval":
+            sampling = sampling.model_copy(update={"temperature": self.config.evaluation.temperature})
+        return Part(role, offers, self.renderer.opening(system, schemas if by_template else ()), sampling)
+
+
+def _offer(spec: ToolOffer) -> Offer:
+    return Offer(spec.name, spec.server, spec.tool, spec.description, spec.parameters)
+
+
+def _delegation(name: str, role: Role) -> Offer:
+    subtask: dict[str, JsonValue] = {"type": "string", "description": "What to do, with everything needed to do it."}
+    parameters: dict[str, JsonValue] = {
+        "type": "object",
+        "properties": {"subtask": subtask},
+        "required": ["subtask"],
+    }
+    return Offer(name, AGENT_SERVER, name, role.description, parameters)
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One agent's part in an episode, filled in while it plays."""
+
+    role: str
+    parent: tuple[int, int] | None
+    talk: Conversation
+    subtask: str | None
+    status: Status = "cancelled"
+    """Until it ends by itself."""
+    final: str | None = None
+    """Its last message without thinking and tool blocks; None if it never gave one."""
+    results: list[str] = field(default_factory=list)
+    """Texts of its tool results, in the order they arrived."""
+
+
+class Scene:
+    """One episode being played. Agents join it by themselves; whatever happens, what they did so far is here."""
+
+    def __init__(self, stage: Stage, task: Task, purpose: Purpose) -> None:
+        self.stage = stage
+        self.task = task
+        self.purpose: Purpose = purpose
+        self.runs: list[Run] = []
+        self.spans: list[ToolSpan] = []
+        self.started_at = time.time()
+        self._began = time.monotonic()
+        self._hidden = frozenset(name for fixed in task.tool_arguments.values() for name in fixed)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the episode began."""
+        return time.monotonic() - self._began
+
+    def part(self, role: str) -> Part:
+        """The role as this episode's task needs it."""
+        return self.stage.part(role, hidden=self._hidden, purpose=self.purpose)
+
+    def join(self, run: Run) -> int:
+        """Add an agent's run; returns the index of its trajectory. Callers join before those they call."""
+        self.runs.append(run)
+        return len(self.runs) - 1
+
+    def depth(self, parent: tuple[int, int] | None) -> int:
+        """How many agents stand above one that is called from `parent`."""
+        above = 0
+        while parent is not None:
+            above += 1
+            parent = self.runs[parent[0]].parent
+        return above

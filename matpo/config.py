@@ -92,6 +92,8 @@ class Role(Section):
     summary: Literal["always", "on_overflow", "never"] = "never"
     """Ask for a final report in one extra turn without tools."""
     summary_instruction: str = "This is your last turn. Do not call tools. Report your conclusion and what supports it."
+    summary_failed_instruction: str | None = None
+    """Used instead when turns or context ran out before the task was solved; None: the same instruction."""
     summary_reserve_tokens: int = Field(default=256, ge=1)
     """Context kept free for the final report."""
     recap: bool = True
@@ -114,6 +116,8 @@ class Episode(Section):
     roles: dict[str, Role]
     call_format: Literal["json", "xml"] = "json"
     """Hermes/Qwen JSON in <tool_call> tags, or MATPO's <use_mcp_tool> XML."""
+    results_as: Literal["tool", "user"] = "tool"
+    """Who tool results speak as: `tool` where the chat template has that role (else `user`), or always `user`."""
     timeout_s: float = Field(default=600.0, gt=0)
     """An episode that lasts longer is cancelled and masked."""
 
