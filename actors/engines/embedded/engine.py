@@ -1,0 +1,143 @@
+"""The in-process engine: continuous batching on torch in one thread, weights swapped between two decoding steps.
+
+Over a swap, running requests go on from their tokens with the keys and values they have ("in place"): every token's
+log-probability is that of the distribution it was really drawn from, which is what off-policy correction needs, and
+generation never stops to recompute prompts. New requests never reuse keys and values of older weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Self
+
+import anyio
+import anyio.to_thread
+import torch
+
+from actors.engines.embedded.architecture import Architecture, read_architecture, read_end_tokens
+from actors.engines.embedded.batch import Request
+from actors.engines.embedded.parameters import load_parameters
+from actors.engines.embedded.worker import Abandon, Stop, Submit, Swap, Worker
+from actors.engines.engine import EngineFailure, EngineHealth, Generation, LoadReport
+from matpo.config import EmbeddedEngine as Settings
+from matpo.config import Sampling
+from matpo.errors import UserError
+from protocols.records import Tokens
+from protocols.weights import Weights
+
+TORCH_TYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SWAP_DEADLINE_S = 60.0
+"""A decoding step that lasts longer counts as a dead engine."""
+
+
+class EmbeddedEngine:
+    """Implements `actors.engines.engine.Engine` for one Llama, Qwen2 or Qwen3 model on this machine."""
+
+    def __init__(self, architecture: Architecture, settings: Settings, worker: Worker) -> None:
+        self._architecture = architecture
+        self._settings = settings
+        self._worker = worker
+        self._digest = ""
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, folder: Path, settings: Settings, *, seed: int) -> AsyncIterator[Self]:
+        """Read the architecture from `folder` and start the thread; weights come with the first `load`.
+
+        Raises `UserError` for a model this engine cannot run or a device torch does not have.
+        """
+        architecture = read_architecture(folder)
+        ends = read_end_tokens(folder, architecture)
+        loop = asyncio.get_running_loop()
+        _check_device(settings.device)
+        torch.set_num_threads(settings.threads)
+        worker = Worker(architecture, settings, ends=ends, seed=seed, post=loop.call_soon_threadsafe)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.to_thread.run_sync, worker.run, name="embedded engine")
+            try:
+                yield cls(architecture, settings, worker)
+            finally:
+                worker.mail.put(Stop())
+
+    @property
+    def version(self) -> int:
+        """Version of the weights in use; -1 before the first `load`."""
+        return self._worker.version
+
+    @property
+    def digest(self) -> str:
+        """Digest of the weights in use, read back from the device."""
+        return self._digest
+
+    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float) -> Generation:
+        """Sample a continuation; see `Engine.generate`. Also raises `ValueError` for a prompt that fills the context.
+
+        A caller that is cancelled or too late frees its row at the next decoding step.
+        """
+        self._check(tokens)
+        answered = anyio.Event()
+        request = Request(prompt=tokens, sampling=sampling, answered=answered.set)
+        self._worker.mail.put(Submit(request))
+        try:
+            with anyio.move_on_after(deadline_s):
+                await answered.wait()
+        finally:
+            if request.result is None:
+                self._worker.mail.put(Abandon(request))
+        if request.result is None:
+            raise EngineFailure(
+                f"no answer of the embedded engine within {deadline_s:g} s ({self._worker.running} running,"
+                f" {self._worker.waiting} waiting); lower actor.concurrency or raise actor.generate_timeout_s"
+            )
+        return request.result
+
+    async def load(self, weights: Weights, *, version: int) -> LoadReport:
+        """Build the new parameters beside the old ones while generation goes on, then swap between two steps.
+
+        Raises `ValueError` when the tensors do not fit the model; the old weights then stay.
+        """
+        device, dtype = torch.device(self._settings.device), TORCH_TYPES[self._settings.dtype]
+        parameters = await anyio.to_thread.run_sync(
+            lambda: load_parameters(self._architecture, weights, device=device, dtype=dtype)
+        )
+        answered = anyio.Event()
+        swap = Swap(parameters, version, answered.set)
+        self._worker.mail.put(swap)
+        with anyio.move_on_after(SWAP_DEADLINE_S) as waiting:
+            await answered.wait()
+        if waiting.cancelled_caught:
+            raise EngineFailure(f"the embedded engine took no weights within {SWAP_DEADLINE_S:g} s")
+        self._digest = parameters.digest
+        return LoadReport(version=version, digest=parameters.digest, pause_s=swap.pause_s)
+
+    async def health(self) -> EngineHealth:
+        """Counters of the worker thread; `starting` until the first weights are in."""
+        return EngineHealth(
+            state="starting" if self.version < 0 else "ready",
+            detail=f"embedded {self._architecture.model_type} on {self._settings.device}, version {self.version}",
+            running=self._worker.running,
+            waiting=self._worker.waiting,
+            sampled_tokens=self._worker.sampled_tokens,
+        )
+
+    def _check(self, tokens: Tokens) -> None:
+        if not len(tokens):
+            raise ValueError("the prompt is empty; give at least one token")
+        low, high, vocabulary = int(tokens.min()), int(tokens.max()), self._architecture.vocab_size
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of {vocabulary}")
+        if len(tokens) >= self._settings.max_context_tokens:
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens, the engine's context {self._settings.max_context_tokens}:"
+                " nothing could be sampled; raise actor.engine.max_context_tokens or lower the roles' limits"
+            )
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"actor.engine.device {device!r} cannot be used: {str(error).splitlines()[0]}") from error

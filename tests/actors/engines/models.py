@@ -1,0 +1,74 @@
+"""Tiny random models, saved as Hugging Face folders, and what transformers says about them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, DynamicCache, LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
+
+from protocols.records import Floats, Tokens
+from protocols.weights import Tensor, Weights
+
+VOCABULARY = 64
+END = 63
+
+
+def make_model(kind: str, folder: Path, *, seed: int = 0, ends: bool = False) -> PreTrainedModel:
+    """A two-layer model of the kind, written to `folder`. Weights are wide enough for logits to differ clearly."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        tie_word_embeddings=kind == "qwen3",
+        attention_bias=kind == "llama",
+        eos_token_id=END if ends else None,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+    model: PreTrainedModel = Qwen3ForCausalLM(config) if kind == "qwen3" else LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
+    model.save_pretrained(folder)
+    return model
+
+
+def weights_of(model: PreTrainedModel) -> Weights:
+    """The parameters as they travel, in float32."""
+    return {name: Tensor("float32", p.detach().numpy().copy()) for name, p in model.named_parameters()}
+
+
+def hugging_face_logprobs(model: PreTrainedModel, prompt: Tokens, sampled: Tokens) -> Floats:
+    """log p of each sampled token given everything before it, from one plain forward pass."""
+    whole = torch.from_numpy(np.concatenate([prompt, sampled]).astype(np.int64))[None]
+    with torch.no_grad():
+        logp = torch.log_softmax(model(whole).logits[0].float(), dim=-1)
+    picked = logp[len(prompt) - 1 : -1].gather(1, whole[0, len(prompt) :, None])
+    return np.asarray(picked[:, 0].numpy(), dtype=np.float32)
+
+
+def hugging_face_logprobs_after_swap(
+    old: PreTrainedModel, new: PreTrainedModel, before: Tokens, after: Tokens
+) -> Floats:
+    """log p under `new` of each token of `after`, with the keys and values of `before[:-1]` computed by `old`."""
+    cache = DynamicCache()
+    picked = []
+    with torch.no_grad():
+        old(torch.from_numpy(before[:-1].astype(np.int64))[None], past_key_values=cache)
+        last = int(before[-1])
+        for token in after:
+            logits = new(torch.tensor([[last]]), past_key_values=cache).logits[0, -1]
+            picked.append(float(torch.log_softmax(logits.float(), dim=-1)[int(token)]))
+            last = int(token)
+    return np.asarray(picked, dtype=np.float32)
