@@ -1,0 +1,170 @@
+"""Serve a handful of tools over MCP (stdio or streamable HTTP) with as little work per call as the SDK allows."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import errno
+import os
+import socket
+import stat
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import mcp_types as types
+import uvicorn
+import uvloop
+from mcp.server import Server
+from mcp.server.context import ServerRequestContext
+from mcp.server.stdio import stdio_server
+from pydantic import JsonValue
+
+from tool_servers.stdio import pipe_streams
+
+Arguments = Mapping[str, JsonValue]
+
+
+class BadCall(Exception):
+    """What the caller did wrong and how to do it right; returned to it as a tool error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a tool answers: text for the model and, for programs, facts about the call (`_meta`)."""
+
+    text: str
+    meta: dict[str, JsonValue] | None = None
+    is_error: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ServedTool:
+    """One tool: what a client sees of it and what runs when it is called."""
+
+    name: str
+    description: str
+    parameters: dict[str, JsonValue]
+    """JSON schema of the arguments."""
+    call: Callable[[Arguments], Awaitable[Reply]]
+    """Raises `BadCall` for arguments it cannot use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A server: its name, what it says about itself, and its tools."""
+
+    name: str
+    instructions: str
+    tools: tuple[ServedTool, ...]
+
+
+def add_transport_options(parser: argparse.ArgumentParser) -> None:
+    """The options every server shares."""
+    parser.add_argument("--http", type=int, metavar="PORT", help="serve streamable HTTP on this port (0: any free one)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on with --http (default %(default)s)")
+
+
+def serve(service: Service, *, http: int | None, host: str) -> int:
+    """Serve until the client closes stdin (stdio) or the process is signalled (HTTP)."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve_http(service, http, host) if http is not None else _serve_stdio(service))
+    return 0
+
+
+def text_argument(arguments: Arguments, name: str) -> str:
+    """A required argument that must be text with something in it."""
+    value = arguments.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise BadCall(f"argument {name!r} must be a non-empty string, got {value!r}")
+    return value
+
+
+def whole_argument(arguments: Arguments, name: str, *, default: int, low: int, high: int) -> int:
+    """An optional whole-number argument between `low` and `high`."""
+    value = arguments.get(name, default)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise BadCall(f"argument {name!r} must be a whole number from {low} to {high}, got {value!r}")
+    return value
+
+
+def fail(message: str) -> NoReturn:
+    """End a server that cannot start: one line on stderr, exit code 2."""
+    sys.stderr.write(f"error: {message}\n")
+    raise SystemExit(2)
+
+
+def _server(service: Service) -> Server[dict[str, object]]:
+    by_name = {tool.name: tool for tool in service.tools}
+    listing = types.ListToolsResult(
+        tools=[types.Tool(name=t.name, description=t.description, input_schema=t.parameters) for t in service.tools]
+    )
+
+    async def list_tools(
+        _context: ServerRequestContext[dict[str, object]], _params: types.PaginatedRequestParams | None
+    ) -> types.ListToolsResult:
+        return listing
+
+    async def call_tool(
+        _context: ServerRequestContext[dict[str, object]], params: types.CallToolRequestParams
+    ) -> types.CallToolResult:
+        tool = by_name.get(params.name)
+        try:
+            if tool is None:
+                raise BadCall(f"unknown tool {params.name!r}; this server has {', '.join(sorted(by_name))}")
+            unknown = _unknown_arguments(tool, params.arguments or {})
+            if unknown:
+                raise BadCall(f"{tool.name} has no argument {unknown[0]!r}")
+            reply = await tool.call(params.arguments or {})
+        except BadCall as error:
+            reply = Reply(str(error), is_error=True)
+        return types.CallToolResult(
+            content=[types.TextContent(text=reply.text)], is_error=reply.is_error, _meta=reply.meta
+        )
+
+    server = Server(service.name, instructions=service.instructions, on_list_tools=list_tools, on_call_tool=call_tool)
+    # The SDK's only default middleware opens a tracing span per message; nothing here exports spans.
+    server.middleware.clear()
+    return server
+
+
+def _unknown_arguments(tool: ServedTool, arguments: Arguments) -> Sequence[str]:
+    properties = tool.parameters["properties"]
+    assert isinstance(properties, dict), "a served tool declares its properties"
+    return [name for name in arguments if name not in properties]
+
+
+async def _serve_stdio(service: Service) -> None:
+    server = _server(service)
+    options = server.create_initialization_options()
+    if all(_is_pipe(fd) for fd in (0, 1)):
+        async with pipe_streams() as (read, write):
+            await server.run(read, write, options)
+    else:
+        async with stdio_server() as (read_file, write_file):
+            await server.run(read_file, write_file, options)
+
+
+def _is_pipe(fd: int) -> bool:
+    mode = os.fstat(fd).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+async def _serve_http(service: Service, port: int, host: str) -> None:
+    app = _server(service).streamable_http_app(json_response=True, stateless_http=True, host=host)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be bound ({error.strerror})"
+            fail(f"{host}:{port} {reason}; choose another --http PORT (0 takes any free one)")
+        where = f"[{host}]" if ":" in host else host
+        sys.stderr.write(f"{service.name}: serving http://{where}:{listener.getsockname()[1]}/mcp\n")
+        sys.stderr.flush()
+        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
+        await uvicorn.Server(config).serve(sockets=[listener])
