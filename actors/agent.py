@@ -241,7 +241,8 @@ class Agent:
         if not len(self.run.talk.last_sampled):
             return
         instruction = self._instruction(status)
-        if not self._tell([*self._unread, instruction], 0) and not self._tell([instruction], 0):
+        reserve = self._role.summary_reserve_tokens
+        if not self._tell([*self._unread, instruction], reserve) and not self._tell([instruction], 0):
             return
         text, stop = await self._sample(0)
         if stop is not None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Literal, cast
 
 import numpy as np
@@ -49,6 +49,8 @@ class Frame:
     texts: tuple[str, ...]
     trims: bool
     """The template strips white space around contents."""
+    leads: tuple[int, ...] = ()
+    """Characters before the second, third … content that open its message rather than close the one before."""
 
     def fill(self, contents: Sequence[str]) -> tuple[str, list[int]]:
         """The whole text, and the character at which each message but the first begins."""
@@ -58,7 +60,7 @@ class Frame:
             parts += (piece, after)
             length += len(piece) + len(after)
             starts.append(length)
-        return "".join(parts), starts[:-1]
+        return "".join(parts), [start - lead for start, lead in zip(starts[:-1], self.leads, strict=True)]
 
 
 class Renderer:
@@ -77,8 +79,8 @@ class Renderer:
         self.has_tool_role = self._renders([Message("user", "Q"), Message("assistant", "A"), Message("tool", "T")])
         self._has_system = self._renders([Message("system", "S"), Message("user", "Q")])
         self._has_runs = self._renders([Message("user", "Q"), Message("assistant", "A"), *[Message("user", "T")] * 2])
-        closing = self._after_assistant([])
-        self._closing = self._encode_afresh(closing)
+        self._closing_text = self._after_assistant([])
+        self._closing = self._encode_afresh(self._closing_text)
 
     @classmethod
     def load(cls, model: Model) -> Renderer:
@@ -169,8 +171,15 @@ class Renderer:
                 lambda contents: self._after_assistant([Message(r, c) for r, c in zip(roles, contents, strict=True)]),
                 len(roles),
             )
-            self._follow[roles] = frame
+            leads = tuple(
+                _common_suffix(text, self._opens(role)) for text, role in zip(frame.texts[1:-1], roles[1:], strict=True)
+            )
+            frame = self._follow[roles] = replace(frame, leads=leads)
         return frame
+
+    def _opens(self, role: Speaker) -> str:
+        """What the template writes between the end of an assistant turn and the content of a message of `role`."""
+        return self._frame_after((role,)).texts[0].removeprefix(self._closing_text)
 
     def _after_assistant(self, messages: Sequence[Message]) -> str:
         """What the template writes after an assistant turn when `messages` follow it (and a generation prompt)."""
@@ -196,13 +205,13 @@ class Renderer:
             if not found or slot in rest:
                 raise UserError("the chat template drops or repeats a message; give another model.chat_template")
             texts.append(before)
-        frame = Frame((*texts, rest), trims=False)
+        frame = Frame((*texts, rest), trims=False, leads=(0,) * (count - 1))
         padded = [f"\n {slot} \n" for slot in slots]
         shown = render(padded)
         if shown == frame.fill(padded)[0]:
             return frame
         if shown == plain:
-            return Frame(frame.texts, trims=True)
+            return replace(frame, trims=True)
         raise UserError("the chat template trims some messages and not others; give another model.chat_template")
 
     def _renders(self, messages: Sequence[Message]) -> bool:
@@ -222,3 +231,7 @@ class Renderer:
             tokenize=False,
         )
         return cast(str, text)
+
+
+def _common_suffix(one: str, other: str) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(one), reversed(other), strict=False)))

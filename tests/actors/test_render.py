@@ -71,8 +71,8 @@ def test_several_tool_results_share_one_block_and_each_gets_its_own_span() -> No
     answer = sampled(tokenizer, "x<|im_end|>")
     spans = renderer.follow(answer, [Message("tool", "one"), Message("tool", "two")])
     assert [decoded(tokenizer, span) for span in spans] == [
-        "\n<|im_start|>user\n<tool_response>\none\n</tool_response>\n<tool_response>\n",
-        "two\n</tool_response><|im_end|>\n<|im_start|>assistant\n",
+        "\n<|im_start|>user\n<tool_response>\none\n</tool_response>",
+        "\n<tool_response>\ntwo\n</tool_response><|im_end|>\n<|im_start|>assistant\n",
     ]
 
 
