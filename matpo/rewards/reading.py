@@ -14,8 +14,9 @@ _HIT = re.compile(r"^\[(\d+)\]\s*(.+)$", re.MULTILINE)
 def reading(play: Play) -> float | None:
     """Share of workers that reported the right fact although the first search hit was another one; None if none could.
 
-    Counts a worker whose subtask names exactly one fact of `metadata["chain"]` (`subject relation object`), whose
-    searches found that fact, and never as their first hit. It is right if its report is that fact and nothing else.
+    Counts a worker whose subtask holds the first two words (say, `employer Ugo`) of exactly one fact in
+    `metadata["chain"]`, whose searches found that fact, and never as their first hit. It is right if its report is that
+    fact and nothing else.
     """
     chain = play.task.metadata.get("chain")
     facts = [fact for fact in chain if isinstance(fact, str)] if isinstance(chain, list) else []
