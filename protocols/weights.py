@@ -1,14 +1,26 @@
-"""Named tensors as they travel from the learner to the engines, and their identity."""
+"""Named tensors as they travel from the learner to the engines, their identity, and the keyframe file that holds them
+whole: the safetensors layout, so that any tool reads it. (Ours, because numpy has no bfloat16 and safetensors.numpy
+refuses it.)"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Final, Literal
 
 import numpy as np
+import orjson
 import xxhash
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter, ValidationError
+
+from protocols.messages import WeightObject
+from protocols.records import Record
 
 WeightDtype = Literal["float32", "bfloat16"]
 
@@ -33,13 +45,141 @@ Weights = Mapping[str, Tensor]
 
 def tensor_digest(tensor: Tensor) -> str:
     """xxh3-128 of the tensor's bytes, in hex."""
-    return xxhash.xxh3_128_hexdigest(tensor.data.reshape(-1).view(np.uint8).data)
+    return xxhash.xxh3_128_hexdigest(raw_bytes(tensor))
 
 
 def weights_digest(weights: Weights) -> str:
     """Identity of a whole set of weights: xxh3-128 over name, dtype, shape and digest of every tensor, by name."""
+    return combined_digest(weights, {name: tensor_digest(tensor) for name, tensor in weights.items()})
+
+
+def combined_digest(weights: Weights, digests: Mapping[str, str]) -> str:
+    """`weights_digest` from tensor digests that are known already."""
     whole = xxhash.xxh3_128()
     for name in sorted(weights):
         tensor = weights[name]
-        whole.update(f"{name}|{tensor.dtype}|{tensor.data.shape}|{tensor_digest(tensor)}\n".encode())
+        whole.update(f"{name}|{tensor.dtype}|{tensor.data.shape}|{digests[name]}\n".encode())
     return whole.hexdigest()
+
+
+class BadWeights(ValueError):
+    """A weight file is damaged or holds what we do not use; the message names the file."""
+
+
+class _Entry(Record):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+    data_offsets: tuple[int, int]
+    """Bytes from the end of the header."""
+
+
+_HEADER: Final[TypeAdapter[dict[str, _Entry]]] = TypeAdapter(dict[str, _Entry])
+_TO_NAME: Final[Mapping[str, WeightDtype]] = {"F32": "float32", "BF16": "bfloat16"}
+_TO_CODE: Final = {name: code for code, name in _TO_NAME.items()}
+_MAX_HEADER_BYTES: Final = 100 * 2**20
+
+
+def write_keyframe(path: Path, weights: Weights, *, version: int) -> WeightObject:
+    """Write the weights whole (safetensors), beside the old file and renamed, and describe the file."""
+    # float32 first: every tensor then starts at a multiple of its item size.
+    names = sorted(weights, key=lambda name: (weights[name].dtype != "float32", name))
+    entries: dict[str, dict[str, object]] = {}
+    offset = 0
+    for name in names:
+        tensor = weights[name]
+        stop = offset + tensor.data.nbytes
+        entries[name] = {"dtype": _TO_CODE[tensor.dtype], "shape": tensor.data.shape, "data_offsets": (offset, stop)}
+        offset = stop
+    metadata = {"format": "pt", "version": str(version), "digest": weights_digest(weights)}
+    header = orjson.dumps({"__metadata__": metadata, **entries})
+    header += b" " * (-len(header) % 8)
+    body = (raw_bytes(weights[name]) for name in names)
+    size, digest = write_atomically(path, chain([len(header).to_bytes(8, "little"), header], body))
+    return WeightObject(name=path.name, kind="keyframe", version=version, base=None, size_bytes=size, digest=digest)
+
+
+def read_keyframe(path: Path) -> Weights:
+    """The tensors of a safetensors file, memory-mapped and read-only. Raises `BadWeights`."""
+    size = path.stat().st_size
+    if size < 8:
+        raise BadWeights(f"weight file {path} has {size} bytes and is no safetensors file")
+    mapped = np.memmap(path, dtype=np.uint8, mode="r")
+    header_bytes = int.from_bytes(mapped[:8].tobytes(), "little")
+    if header_bytes > min(size - 8, _MAX_HEADER_BYTES):
+        raise BadWeights(f"weight file {path} claims a header of {header_bytes} bytes in a file of {size}: cut short?")
+    body = mapped[8 + header_bytes :]
+    try:
+        header = orjson.loads(mapped[8 : 8 + header_bytes].tobytes())
+        if isinstance(header, dict):
+            header.pop("__metadata__", None)
+        entries = _HEADER.validate_python(header)
+    except (orjson.JSONDecodeError, ValidationError) as error:
+        raise BadWeights(f"weight file {path} has a damaged header") from error
+    return {name: _view(path, name, entry, body) for name, entry in entries.items()}
+
+
+def _view(path: Path, name: str, entry: _Entry, body: NDArray[np.uint8]) -> Tensor:
+    dtype = _TO_NAME.get(entry.dtype)
+    if dtype is None:
+        raise BadWeights(f"weight file {path}: tensor {name!r} is {entry.dtype}; only F32 and BF16 are used here")
+    item = np.dtype(np.float32 if dtype == "float32" else np.uint16)
+    start, stop = entry.data_offsets
+    if not 0 <= start <= stop <= len(body) or stop - start != item.itemsize * math.prod(entry.shape):
+        raise BadWeights(
+            f"weight file {path}: tensor {name!r} of shape {list(entry.shape)} claims bytes {start} to {stop}"
+            f" of {len(body)}: cut short?"
+        )
+    return Tensor(dtype, np.asarray(body[start:stop]).view(item).reshape(entry.shape))
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, not copied."""
+    return tensor.data.reshape(-1).view(np.uint8).data
+
+
+def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Write the parts beside `path`, flush to disk, rename. Returns (bytes, xxh3-128 in hex)."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    digest, size = xxhash.xxh3_128(), 0
+    try:
+        with draft.open("wb") as file:
+            for part in parts:
+                digest.update(part)
+                size += file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            draft.unlink()
+    return size, digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """xxh3-128 of a file's bytes, as in `WeightObject.digest`."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while part := file.read(4 * 2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def covering(objects: Sequence[WeightObject], held: int | None) -> list[WeightObject]:
+    """The chain with the fewest bytes from the weights `held` (None: nothing) to the newest, in the order to apply.
+
+    Empty when `held` is the newest. Raises ValueError when no chain leads there.
+    """
+    newest = max((item.version for item in objects), default=held)
+    best: dict[int | None, tuple[int, list[WeightObject]]] = {None: (0, []), held: (0, [])}
+    # A delta's base is older than its version, so ascending versions visit every base before what is built on it.
+    for item in sorted(objects, key=lambda item: item.version):
+        if item.base in best and item.version != held:
+            size, way = best[item.base]
+            known = best.get(item.version)
+            if known is None or size + item.size_bytes < known[0]:
+                best[item.version] = (size + item.size_bytes, [*way, item])
+    if newest not in best:
+        raise ValueError(f"no chain of weight objects leads from version {held} to {newest}; a keyframe is missing")
+    return best[newest][1]
