@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final, TypeVar
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError
 
 from protocols import packing
 from protocols.packing import MAX_TRAJECTORIES, MAX_TREE_TOKENS, MAX_TURNS, Frame, MalformedTree, TokenBytes
@@ -44,15 +44,15 @@ class TreeHeader(Record):
     episode: Count
     actor_id: str
     task: Task
-    rewards: dict[str, float | None]
+    rewards: dict[str, FiniteFloat | None]
     weights: tuple[WeightStamp, ...]
     roles: tuple[str, ...] = Field(min_length=1, max_length=MAX_TRAJECTORIES)
     """Of every trajectory, parents first."""
     statuses: tuple[Status, ...]
     """Of every trajectory."""
-    started_at: float
+    started_at: FiniteFloat
     """Unix time."""
-    seconds: float
+    seconds: FiniteFloat
     token_count: int = Field(ge=0, le=MAX_TREE_TOKENS)
     sampled_count: Count
     oldest_version: Count | None

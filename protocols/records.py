@@ -9,7 +9,7 @@ from typing import Literal, Self
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, FiniteFloat, JsonValue
 
 Tokens = NDArray[np.int32]
 Flags = NDArray[np.bool_]
@@ -107,9 +107,9 @@ class ToolSpan(Record):
     tool: str
     outcome: Outcome
     """`model_error`: the model's own fault, told to it. `infrastructure`: told to it and masked from the loss."""
-    started_s: float
+    started_s: FiniteFloat
     """Seconds since the episode began."""
-    seconds: float
+    seconds: FiniteFloat
     result_bytes: int
 
 
@@ -171,6 +171,13 @@ class Trajectory:
             raise ValueError(f"{self.role} turns cover {at} of {len(self.tokens)} tokens")
 
 
+def _distinct(versions: Tokens) -> set[int]:
+    """Found at the changes rather than by sorting: there are many tokens and few swaps of weights."""
+    if not len(versions):
+        return set()
+    return {int(versions[0]), *versions[1:][versions[1:] != versions[:-1]].tolist()}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class EpisodeTree:
     """One episode: the planner's trajectory and those of every agent it called, parents first."""
@@ -204,7 +211,7 @@ class EpisodeTree:
             ):
                 raise ValueError(f"tree {self.tree_id}: trajectory {index} names the unknown parent turn {parent}")
         known = {stamp.version for stamp in self.weights}
-        used = {int(v) for t in self.trajectories for v in np.unique(t.versions)}
+        used = {version for t in self.trajectories for version in _distinct(t.versions)}
         if used - known:
             raise ValueError(f"tree {self.tree_id} holds tokens of versions {sorted(used - known)} without a digest")
         for name, value in self.rewards.items():
