@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+ROPE_BASE = 10_000.0
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -60,7 +62,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen3ForCaus
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -117,7 +119,8 @@ class Fitter:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * min(1.0, self.steps / self.warmup_steps)
         self.optimizer.step()
-        return StepReport(float(loss), float((logits.argmax(-1) == targets).float().mean()), float(norm))
+        right = (logits.detach().argmax(-1) == targets).float().mean()
+        return StepReport(loss.item(), right.item(), norm.item())
 
 
 def cosine(progress: float, *, floor: float = 0.05) -> float:

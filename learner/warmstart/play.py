@@ -111,7 +111,7 @@ class _Agent:
         self.played.given(chunk)
         completion = yield Request(self.row, tuple(chunk), fresh)
         self.played.chosen(completion)
-        return self.tokenizer.decode(completion.tokens)
+        return str(self.tokenizer.decode(list(completion.tokens)))
 
     def call(self, reply: str, tool: str, argument: str) -> str | None:
         """The argument of the one allowed call in ``reply``; a malformed call is counted and gives none."""
@@ -200,10 +200,8 @@ def play(
 ) -> list[Episode]:
     """One episode per question, all in lockstep."""
     rng = random.Random(f"play-{seed}")
-    end = player.tokenizer.convert_tokens_to_ids(vocabulary.END)
-    sampler = Sampler(
-        model, rows=2 * len(questions), length=CONTEXT_TOKENS, max_new=MAX_NEW_TOKENS, end=int(end), seed=seed
-    )
+    [end] = encode(player.tokenizer, vocabulary.END)
+    sampler = Sampler(model, rows=2 * len(questions), length=CONTEXT_TOKENS, max_new=MAX_NEW_TOKENS, end=end, seed=seed)
     turns = [player.episode(question, (2 * i, 2 * i + 1), rng) for i, question in enumerate(questions)]
     waiting = {i: next(turn) for i, turn in enumerate(turns)}
     finished: dict[int, Episode] = {}

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 
+from learner.warmstart.fit import ROPE_BASE
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -42,18 +44,14 @@ class Sampler:
     def __init__(self, model: Qwen3ForCausalLM, *, rows: int, length: int, max_new: int, end: int, seed: int) -> None:
         config = model.config
         self.model, self.length, self.max_new, self.end = model, length, max_new, end
-        self.heads, self.kv_heads, self.width = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.heads, self.width = config.num_attention_heads, config.head_dim
+        self.kv_heads = config.num_key_value_heads or self.heads
         shape = (config.num_hidden_layers, rows, self.kv_heads, length, self.width)
         self.keys, self.values = torch.zeros(shape), torch.zeros(shape)
         self.filled = [0] * rows
         self.pending: list[tuple[int, ...]] = [()] * rows
         self.generator = torch.Generator().manual_seed(seed)
-        base = float(config.rope_parameters["rope_theta"])
-        frequencies = base ** (-torch.arange(0, self.width, 2) / self.width)
+        frequencies = ROPE_BASE ** (-torch.arange(0, self.width, 2) / self.width)
         angles = torch.arange(length)[:, None] * torch.cat((frequencies, frequencies))[None]
         self.cos, self.sin = angles.cos(), angles.sin()
 
@@ -133,4 +131,5 @@ class Sampler:
             )
             hidden = hidden + attention.o_proj(mixed.transpose(1, 2).reshape(batch, width, -1))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return body.norm(hidden)
+        normed: Tensor = body.norm(hidden)
+        return normed
