@@ -1,0 +1,76 @@
+"""Key files: private, complete, and never overwritten."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from protocols.channel import new_keys
+from protocols.keys import ActorKeys, BadKeys, HubKeys, allow, allowed
+
+
+def test_new_keys_let_their_own_actor_in(tmp_path: Path) -> None:
+    new_keys(tmp_path / "keys")
+    hub, actor = HubKeys.load(tmp_path / "keys"), ActorKeys.load(tmp_path / "keys")
+    assert actor.hub == hub.pair.public
+    assert hub.allows(actor.pair.public)
+    assert not hub.allows(hub.pair.public)
+
+
+def test_every_key_file_is_for_its_owner_only(tmp_path: Path) -> None:
+    new_keys(tmp_path / "keys")
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "keys").iterdir()}
+    assert modes == {"hub.key": 0o600, "actor.key": 0o600, "allowed_actors": 0o600}
+
+
+def test_secrets_do_not_show_in_logs(tmp_path: Path) -> None:
+    new_keys(tmp_path)
+    hub = HubKeys.load(tmp_path)
+    assert hub.pair.secret not in repr(hub)
+    assert hub.pair.secret not in repr(hub.pair)
+
+
+def test_keys_are_not_overwritten(tmp_path: Path) -> None:
+    new_keys(tmp_path)
+    before = (tmp_path / "hub.key").read_bytes()
+    with pytest.raises(BadKeys, match="exists already"):
+        new_keys(tmp_path)
+    assert (tmp_path / "hub.key").read_bytes() == before
+
+
+def test_allowing_twice_lists_a_key_once(tmp_path: Path) -> None:
+    public = "a" * 40
+    allow(tmp_path, public)
+    allow(tmp_path, public)
+    assert allowed(tmp_path) == [public]
+
+
+@pytest.mark.parametrize("public", ["", "short", "ä" * 40, "a" * 39 + "\n"])
+def test_what_is_no_public_key_is_not_allowed(tmp_path: Path, public: str) -> None:
+    with pytest.raises(BadKeys, match="is not a public key"):
+        allow(tmp_path, public)
+
+
+def test_missing_keys_name_the_command_that_makes_them(tmp_path: Path) -> None:
+    with pytest.raises(BadKeys, match=r"hub.key does not exist; make keys with `matpo keys new"):
+        HubKeys.load(tmp_path)
+
+
+def test_a_key_file_that_others_can_read_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    new_keys(tmp_path)
+    (tmp_path / "actor.key").chmod(0o644)
+    with pytest.raises(BadKeys, match=r"mode 0644\); run `chmod 600"):
+        ActorKeys.load(tmp_path)
+
+
+@pytest.mark.parametrize("load", [HubKeys.load, ActorKeys.load])
+@pytest.mark.parametrize("content", ["", "{}", "junk", '{"public": "x", "secret": "y"}'])
+def test_a_damaged_key_file_is_named(tmp_path: Path, load: Callable[[Path], object], content: str) -> None:
+    new_keys(tmp_path)
+    for name in ("hub.key", "actor.key"):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(BadKeys, match="is damaged"):
+        load(tmp_path)
