@@ -1,0 +1,105 @@
+"""The policy being trained: any Hugging Face causal model with plain attention, float32 master weights, run on tries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from learner.trainer.attention import ATTENTION, AttentionPlan, plan_attention, register
+from learner.trainer.head import Head
+from learner.trainer.trie import build_trie
+from matpo.config import Learner
+from matpo.errors import UserError
+
+PROBE_TOLERANCE = 1e-3
+"""Largest difference of a logit, relative to the largest one, between the trie and the model's own forward pass."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Policy:
+    """A causal model split into its body and its output projection."""
+
+    model: PreTrainedModel
+    body: torch.nn.Module
+    head: Head
+    parameters: dict[str, torch.nn.Parameter]
+    """Hugging Face name → parameter; tied ones appear once, under the input embedding's name."""
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def load(cls, folder: Path, learner: Learner) -> Policy:
+        """Read a Hugging Face folder. Raises `UserError` for one that cannot be read or cannot run over a trie."""
+        register()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model {str(folder)!r} cannot be loaded: {str(error).splitlines()[0]}; give a Hugging Face causal model"
+            ) from error
+        return cls.of(model, learner)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, learner: Learner) -> Policy:
+        """Prepare a model already in memory; its weights become the float32 master weights."""
+        register()
+        device = torch.device(learner.device)
+        # Dropout would make π depend on the draw; evaluation mode switches it off and keeps gradients.
+        model = model.float().to(device).eval()
+        projection = model.get_output_embeddings()
+        if not isinstance(projection, torch.nn.Linear):
+            raise UserError(f"model {type(model).__name__} has no linear output projection; it cannot be trained")
+        dtype = torch.bfloat16 if learner.dtype == "bfloat16" else torch.float32
+        weight, bias = projection.weight, projection.bias
+        policy = cls(
+            model=model,
+            body=model.base_model,
+            head=Head(weight, bias, dtype),  # type: ignore[arg-type]  # Linear declares Tensor, holds Parameters
+            parameters=dict(model.named_parameters()),
+            dtype=dtype,
+            device=device,
+        )
+        policy._probe()
+        return policy
+
+    def hidden(self, tokens_N: Tensor, positions_N: Tensor, plan: AttentionPlan) -> Tensor:
+        """Last hidden states [N, E] of a trie's tokens."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            output = self.body(
+                input_ids=tokens_N[None], position_ids=positions_N[None], use_cache=False, trie_plan=plan
+            )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def _probe(self) -> None:
+        """Compare the trie's logits with the model's own on two short sequences; ends with trie attention switched on.
+
+        Catches every architecture the trie cannot serve (linear attention, soft-capped or scaled logits, …) before a
+        step is taken on it.
+        """
+        vocabulary = self.head.weight.shape[0]
+        short = np.random.default_rng(0).integers(0, vocabulary, (2, 9), dtype=np.int32)
+        short[1, :4] = short[0, :4]
+        with torch.no_grad():
+            own = torch.cat([self.model(torch.from_numpy(row[None]).long().to(self.device)).logits[0] for row in short])
+            self.model.set_attn_implementation(ATTENTION)
+            trie = build_trie(list(short))
+            plan = plan_attention(trie, self.device)
+            tokens, positions = (torch.from_numpy(array).to(self.device) for array in (trie.tokens, trie.positions))
+            try:
+                hidden = self.body(input_ids=tokens[None], position_ids=positions[None], use_cache=False, trie_plan=plan)
+            except (ValueError, TypeError) as error:
+                raise UserError(f"model {type(self.model).__name__} cannot be trained: {error}") from error
+            ours = torch.nn.functional.linear(hidden.last_hidden_state[0], self.head.weight, self.head.bias)
+        ours = ours[torch.from_numpy(np.concatenate(trie.paths)).to(self.device)]
+        difference = ((ours - own).abs().max() / own.abs().max()).item()
+        if not difference <= PROBE_TOLERANCE:
+            raise UserError(
+                f"model {type(self.model).__name__} cannot be trained: its logits differ by {difference:.2g} (relative)"
+                " when prefixes are shared; only causal models with plain softmax attention and a linear head are served"
+            )
