@@ -40,6 +40,7 @@ class EmbeddedEngine:
         self._architecture = architecture
         self._settings = settings
         self._worker = worker
+        self._version = -1
         self._digest = ""
 
     @classmethod
@@ -65,7 +66,7 @@ class EmbeddedEngine:
     @property
     def version(self) -> int:
         """Version of the weights in use; -1 before the first `load`."""
-        return self._worker.version
+        return self._version
 
     @property
     def digest(self) -> str:
@@ -110,7 +111,7 @@ class EmbeddedEngine:
             await answered.wait()
         if waiting.cancelled_caught:
             raise EngineFailure(f"the embedded engine took no weights within {SWAP_DEADLINE_S:g} s")
-        self._digest = parameters.digest
+        self._version, self._digest = version, parameters.digest
         return LoadReport(version=version, digest=parameters.digest, pause_s=swap.pause_s)
 
     async def health(self) -> EngineHealth:

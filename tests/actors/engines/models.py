@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,8 @@ def make_model(kind: str, folder: Path, *, seed: int = 0, ends: bool = False) ->
         bos_token_id=None,
         pad_token_id=None,
     )
-    model: PreTrainedModel = Qwen3ForCausalLM(config) if kind == "qwen3" else LlamaForCausalLM(config)
+    build: Callable[..., PreTrainedModel] = Qwen3ForCausalLM if kind == "qwen3" else LlamaForCausalLM
+    model = build(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:

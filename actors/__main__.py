@@ -1,0 +1,164 @@
+"""`matpo-actor`: one engine, the tool servers and up to `actor.concurrency` live episodes, for one hub."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import socket
+import zlib
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import structlog
+
+from actors.engines.embedded.engine import EmbeddedEngine
+from actors.episode import play_episode
+from actors.follow import Follower
+from actors.outbox import Outbox
+from actors.play import Player
+from actors.scene import Stage
+from actors.session import Session, greet
+from actors.setting import tool_variables
+from actors.tools.plane import ToolPlane
+from matpo.config import Config
+from matpo.errors import UserError, run_command
+from matpo.load import load_config
+from matpo.logs import configure_logs
+from matpo.model_files import model_folder, tokenizer_digest
+from protocols.channel import ChannelError, HubClient
+from protocols.keys import ActorKeys, BadKeys
+from protocols.messages import PROTOCOL, Hello, Lease
+from protocols.records import EpisodeTree
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Who this actor is and where it keeps what must survive it."""
+
+    config: Config
+    hub: str
+    state: Path
+    actor_id: str
+
+
+async def run_actor(place: Place) -> None:
+    """Play for one hub until it, or a signal, sends the actor home. Raises what a user can fix."""
+    config, folder = place.config, place.state / "outbox" / place.actor_id
+    hello = Hello(
+        protocol=PROTOCOL,
+        actor_id=place.actor_id,
+        tokenizer_digest=tokenizer_digest(config.model),
+        config_digest=config.shared_digest,
+        capacity=config.actor.concurrency,
+    )
+    keys = None if config.hub.key_dir is None else ActorKeys.load(config.hub.key_dir)
+    seed = config.run.seed + zlib.crc32(place.actor_id.encode())
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        outbox = stack.enter_context(Outbox.open(folder, limit_trees=config.actor.outbox_limit_trees))
+        client = await enter(HubClient.connect(place.hub, identity=place.actor_id, keys=keys))
+        welcome = await greet(client, hello)
+        engine = await enter(EmbeddedEngine.open(model_folder(config.model), config.actor.engine, seed=seed))
+        tools = await enter(ToolPlane.open(config.tools, variables=tool_variables(config, folder=folder / "world")))
+        stage = Stage.open(config, engine=engine, tools=tools, actor_id=place.actor_id)
+        player = Player(
+            lambda lease, episode: play_lease(lease, episode, stage),
+            version=lambda: engine.version,
+            store=outbox,
+            concurrency=config.actor.concurrency,
+        )
+        follower = Follower(
+            folder / "weights", engine=engine, uplink=client, loaded=(stage.note_weights, player.notice)
+        )
+        session = Session(client, hello, welcome, outbox=outbox, player=player, follower=follower)
+        log.info("ready", hub=place.hub, run=welcome.run, outbox_trees=len(outbox))
+        tasks = await enter(anyio.create_task_group())
+        tasks.start_soon(session.listen, name="listen")
+        tasks.start_soon(session.beat, engine, name="heartbeats")
+        tasks.start_soon(session.ask, name="ask for work")
+        tasks.start_soon(outbox.upload, client, name="upload trees")
+        tasks.start_soon(follower.run, name="follow weights")
+        tasks.start_soon(player.run, name="play")
+        tasks.start_soon(leave_on_signal, session, name="signals")
+        await session.ended.wait()
+        log.info("leaving", episodes=dict(player.counts), outbox_trees=len(outbox), dropped=dict(outbox.dropped))
+        tasks.cancel_scope.cancel()
+
+
+async def play_lease(lease: Lease, episode: int, stage: Stage) -> EpisodeTree:
+    """Play one episode of a lease."""
+    return await play_episode(
+        lease.task,
+        lease_id=lease.lease_id,
+        group_id=lease.group_id,
+        episode=episode,
+        purpose=lease.purpose,
+        stage=stage,
+    )
+
+
+async def leave_on_signal(session: Session) -> None:
+    """The first SIGTERM or SIGINT finishes what is under way and says goodbye; a second leaves at once."""
+    async with anyio.create_task_group() as leaving:
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                if session.leaving:
+                    session.ended.set()
+                else:
+                    leaving.start_soon(session.leave, signal.Signals(number).name)
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[Place, Path | None]:
+    """The command line: the actor's place, and its log file (None: the terminal)."""
+    parser = argparse.ArgumentParser(prog="matpo-actor", description=__doc__)
+    parser.add_argument("config", type=Path, help="a config file, or RUN/config.json")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example actor.concurrency=32")
+    parser.add_argument("--hub", required=True, help="tcp://HOST:PORT, as matpo-learner prints it")
+    parser.add_argument("--state", type=Path, help="folder for outbox and log (default: run.dir/actors, log on stderr)")
+    parser.add_argument("--actor-id", default=socket.gethostname(), help="unique among the run's actors")
+    given = parser.parse_intermixed_args(arguments)
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given.actor_id):
+        raise UserError(
+            f"--actor-id {given.actor_id!r} may hold letters, digits, dots, dashes and underscores, up to 64"
+        )
+    config = load_config(given.config, given.overrides)
+    log_file = given.state / "logs" / f"{given.actor_id}.jsonl" if given.state else None
+    return Place(config, given.hub, given.state or config.run.dir / "actors", given.actor_id), log_file
+
+
+def run() -> int:
+    """Parse, play, and turn what a user can fix into one line."""
+    place, log_file = parse()
+    configure_logs(log_file, component=place.actor_id)
+    try:
+        anyio.run(run_actor, place, backend_options={"use_uvloop": True})
+    except (ChannelError, BadKeys, BaseExceptionGroup) as error:
+        known = user_error(error)
+        if known is None:
+            raise
+        raise known from error
+    return 0
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """What a user can fix about an error, or about the first such error of a group."""
+    if isinstance(error, BaseExceptionGroup):
+        return next((found for inner in error.exceptions if (found := user_error(inner)) is not None), None)
+    if isinstance(error, ChannelError | BadKeys):
+        return UserError(str(error))
+    return error if isinstance(error, UserError) else None
+
+
+def main() -> None:
+    """Console script `matpo-actor`."""
+    raise SystemExit(run_command(run))
+
+
+if __name__ == "__main__":
+    main()

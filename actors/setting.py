@@ -1,0 +1,42 @@
+"""What an actor's tool servers may refer to by `${…}` besides the environment, and the files behind it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import orjson
+
+from matpo.config import Config, WorldData
+from matpo.datasets.world import collection, documents
+
+
+def tool_variables(config: Config, *, folder: Path) -> Mapping[str, str]:
+    """`PYTHON`, this interpreter; `WORLD_CORPUS`, written to `folder`, where the data is the generated world."""
+    variables = {"PYTHON": sys.executable}
+    seeds = sorted(
+        {
+            seed
+            for dataset in (config.data.train, config.data.evaluation)
+            if isinstance(dataset, WorldData)
+            for seed in range(dataset.first_seed, dataset.first_seed + dataset.worlds)
+        }
+    )
+    if seeds:
+        folder.mkdir(parents=True, exist_ok=True)
+        corpus = folder / "world.jsonl"
+        write_corpus(corpus, seeds)
+        variables["WORLD_CORPUS"] = str(corpus.resolve())
+    return variables
+
+
+def write_corpus(path: Path, seeds: list[int]) -> None:
+    """One line per document of every world: id, text, collection."""
+    draft = path.with_suffix(".draft")
+    with draft.open("wb") as file:
+        for seed in seeds:
+            name = collection(seed)
+            for identity, text in documents(seed):
+                file.write(orjson.dumps({"id": identity, "text": text, "collection": name}) + b"\n")
+    draft.replace(path)
