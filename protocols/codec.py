@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final, TypeVar
 
 import numpy as np
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from protocols import packing
 from protocols.packing import MAX_TRAJECTORIES, MAX_TREE_TOKENS, MAX_TURNS, Frame, MalformedTree, TokenBytes
@@ -77,6 +77,9 @@ class _Names(Record):
     tool_spans: tuple[ToolSpan, ...]
 
 
+_TURNS: Final = TypeAdapter(tuple[Turn, ...])
+
+
 @dataclass(frozen=True, slots=True)
 class _Arrays:
     """Of the whole tree, trajectory after trajectory; the last two have one entry per sampled token."""
@@ -96,12 +99,11 @@ def encode_tree(tree: EpisodeTree) -> list[bytes]:
             f"tree {tree.tree_id} has {tree.token_count} tokens, {len(trajectories)} trajectories and {len(turns)}"
             f" turns, more than {MAX_TREE_TOKENS}, {MAX_TRAJECTORIES} or {MAX_TURNS}: lower the roles' limits"
         )
-    shared = [packing.shared_prefix(trajectories, index) for index in range(len(trajectories))]
-    unique = np.concatenate([t.tokens[n:] for t, (_, n) in zip(trajectories, shared, strict=True)], dtype=np.int32)
+    shared = packing.shared_prefixes(trajectories)
     sampled = np.concatenate([t.sampled for t in trajectories])
     logprobs = np.concatenate([t.logprobs for t in trajectories], dtype="<f4", casting="same_kind")
     versions = packing.version_runs(np.concatenate([t.versions for t in trajectories], dtype=np.int32))
-    width = packing.token_bytes(unique)
+    width = packing.token_bytes(trajectories)
     header = _header(tree, width, versions[:, 0])
     names = _Names(call_ids=tuple(t.call_id for t in turns if t.call_id is not None), tool_spans=tree.tool_spans)
     return [
@@ -109,7 +111,7 @@ def encode_tree(tree: EpisodeTree) -> list[bytes]:
         names.model_dump_json().encode(),
         packing.pack_trajectories(trajectories, shared),
         packing.pack_turns(turns),
-        packing.pack_tokens(unique, width),
+        packing.pack_tokens(trajectories, shared, width),
         packing.pack_sampled(sampled),
         logprobs.tobytes(),
         versions.astype("<i4").tobytes(),
@@ -234,20 +236,20 @@ def _build(
 
 
 def _turns(rows: Sequence[packing.TurnRow], calls: Iterator[str]) -> tuple[Turn, ...]:
-    turns: list[Turn] = []
+    fields: list[dict[str, str | int | None]] = []
     start = 0
-    for row in rows:
-        turns.append(
-            Turn(
-                kind=packing.KINDS[row.kind],
-                start=start,
-                stop=start + row.length,
-                call_id=next(calls) if row.has_call else None,
-                stop_reason=packing.STOPS[row.stop],
-            )
+    for length, kind, stop, has_call in rows:
+        fields.append(
+            {
+                "kind": packing.KINDS[kind],
+                "start": start,
+                "stop": start + length,
+                "call_id": next(calls) if has_call else None,
+                "stop_reason": packing.STOPS[stop],
+            }
         )
-        start += row.length
-    return tuple(turns)
+        start += length
+    return _TURNS.validate_python(fields)
 
 
 def _parse(model: type[Model], frame: Frame, what: str) -> Model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypeVar, get_args
+from typing import Final, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +45,7 @@ class TrajectoryRow:
     shared: int
 
 
-@dataclass(frozen=True, slots=True)
-class TurnRow:
+class TurnRow(NamedTuple):
     """A row of the turn frame, all int32."""
 
     length: int
@@ -59,7 +58,7 @@ class TurnRow:
 
 
 def pack_trajectories(trajectories: Sequence[Trajectory], shared: Sequence[tuple[int, int]]) -> bytes:
-    """The trajectory frame; `shared` is what `shared_prefix` said of each."""
+    """The trajectory frame; `shared` comes from `shared_prefixes`."""
     rows = [
         (*(t.parent or (-1, -1)), len(t.tokens), len(t.turns), *link)
         for t, link in zip(trajectories, shared, strict=True)
@@ -99,23 +98,27 @@ def unpack_turns(frame: Frame, *, turns: int) -> list[TurnRow]:
     limits = np.array([MAX_TREE_TOKENS, len(KINDS) - 1, len(STOPS) - 1, 1])
     if not ((rows >= 0) & (rows <= limits)).all():
         raise MalformedTree("turn frame holds a length, kind, stop reason or call flag out of range")
-    return [TurnRow(*row) for row in rows.tolist()]
+    return list(map(TurnRow._make, rows.tolist()))
 
 
-def shared_prefix(trajectories: Sequence[Trajectory], index: int) -> tuple[int, int]:
-    """(earlier trajectory, tokens it shares from the start), or (-1, 0).
+def shared_prefixes(trajectories: Sequence[Trajectory]) -> list[tuple[int, int]]:
+    """For each, (earlier trajectory, tokens it shares from the start), or (-1, 0).
 
     Compared with the first and the latest of the same role: the first shares the prompt of every worker, the latest
     shares nearly everything when a workflow records one trajectory per turn.
     """
-    mine = trajectories[index]
-    same = [i for i in range(index) if trajectories[i].role == mine.role]
-    best = (-1, 0)
-    for candidate in {*same[:1], *same[-1:]}:
-        common = _common_prefix(trajectories[candidate].tokens, mine.tokens)
-        if common > best[1]:
-            best = (candidate, common)
-    return best
+    first: dict[str, int] = {}
+    latest: dict[str, int] = {}
+    links: list[tuple[int, int]] = []
+    for index, mine in enumerate(trajectories):
+        best = (-1, 0)
+        for candidate in {first.setdefault(mine.role, index), latest.get(mine.role, index)} - {index}:
+            common = _common_prefix(trajectories[candidate].tokens, mine.tokens)
+            if common > best[1]:
+                best = (candidate, common)
+        latest[mine.role] = index
+        links.append(best)
+    return links
 
 
 def _common_prefix(one: Tokens, other: Tokens) -> int:
@@ -127,20 +130,30 @@ def _common_prefix(one: Tokens, other: Tokens) -> int:
     return first if different[first] else length
 
 
-def token_bytes(tokens: Tokens) -> TokenBytes:
+def token_bytes(trajectories: Sequence[Trajectory]) -> TokenBytes:
     """The narrowest way to store these ids."""
-    largest = int(tokens.max()) if len(tokens) else 0
+    largest = max((int(t.tokens.max()) for t in trajectories if len(t.tokens)), default=0)
     if largest < 1 << 16:
         return 2
     return 3 if largest < 1 << 24 else 4
 
 
-def pack_tokens(tokens: Tokens, width: TokenBytes) -> bytes:
-    """uint16 · uint16 and then a plane of high bytes · int32."""
+def pack_tokens(trajectories: Sequence[Trajectory], shared: Sequence[tuple[int, int]], width: TokenBytes) -> bytes:
+    """What no prefix covers, as uint16 · uint16 and then a plane of high bytes · int32."""
+    own = [t.tokens[prefix:] for t, (_, prefix) in zip(trajectories, shared, strict=True)]
     if width == 4:
-        return tokens.astype("<i4").tobytes()
-    low = tokens.astype("<u2").tobytes()
-    return low if width == 2 else low + (tokens >> 16).astype(np.uint8).tobytes()
+        return np.concatenate(own, dtype="<i4", casting="same_kind").tobytes()
+    count = sum(map(len, own))
+    raw = np.empty(count * width, dtype=np.uint8)
+    low, high = raw[: 2 * count].view("<u2"), raw[2 * count :]
+    # One trajectory at a time stays in the cache: six times as fast as on all tokens at once.
+    at = 0
+    for tokens in own:
+        low[at : at + len(tokens)] = tokens
+        if width == 3:
+            high[at : at + len(tokens)] = tokens >> 16
+        at += len(tokens)
+    return raw.tobytes()
 
 
 def unpack_tokens(frame: Frame, width: TokenBytes, rows: Sequence[TrajectoryRow]) -> Tokens:

@@ -228,5 +228,5 @@ def test_the_shared_prefix_is_the_longest_of_the_first_and_the_latest_of_the_rol
     latest = trajectory([1, 2, 3, 4, 5], sampled=1, parent=(0, 0))
     mine = trajectory([1, 2, 3, 4, 6], sampled=1, parent=(0, 0))
     other = replace(mine, role="critic")
-    assert packing.shared_prefix([first, latest, mine], 2) == (1, 4)
-    assert packing.shared_prefix([first, latest, other], 2) == (-1, 0)
+    assert packing.shared_prefixes([first, latest, mine]) == [(-1, 0), (0, 3), (1, 4)]
+    assert packing.shared_prefixes([first, latest, other])[2] == (-1, 0)
