@@ -1,0 +1,109 @@
+"""Bytes of a tool server to MCP messages, in linear time; whatever is no message is skipped and counted."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import mcp_types as types
+from pydantic import ValidationError
+
+_HEAD_BYTES = 4_096
+_TAIL_BYTES = 128
+# Servers write the id before the result or, like the TypeScript SDK, after it.
+_ID_AT_START = re.compile(rb'^\s*\{(?:\s*"jsonrpc"\s*:\s*"2\.0"\s*,)?\s*"id"\s*:\s*(\d+)')
+_ID_AT_END = re.compile(rb'"id"\s*:\s*(\d+)\s*(?:,\s*"jsonrpc"\s*:\s*"2\.0"\s*)?\}\s*$')
+TOO_LARGE = -32_098
+"""JSON-RPC error code of the answer we put in place of one over the cap."""
+
+
+class MessageFraming:
+    """Cuts a server's stdout into messages. Junk lines, invalid UTF-8 and oversize lines cost only themselves."""
+
+    def __init__(self, max_line_bytes: int) -> None:
+        self._max = max_line_bytes
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._tail = b""
+        self.skipped: Counter[str] = Counter()
+        """Lines that were no message, by reason."""
+
+    def feed(self, data: bytes) -> list[types.JSONRPCMessage]:
+        """The messages that `data` completes."""
+        head, *rest = data.split(b"\n")
+        self._keep(head)
+        messages: list[types.JSONRPCMessage] = []
+        for piece in rest:
+            message = self._oversize() if self._size > self._max else self._parse(b"".join(self._parts))
+            if message is not None:
+                messages.append(message)
+            self._parts, self._size = [], 0
+            self._keep(piece)
+        return messages
+
+    def _keep(self, piece: bytes) -> None:
+        self._size += len(piece)
+        if self._size <= self._max:
+            self._parts.append(piece)
+        else:
+            # Only the ends are kept, to learn which request the answer belongs to.
+            if len(self._parts) != 1 or len(self._parts[0]) > _HEAD_BYTES:
+                self._parts = [b"".join([*self._parts, piece])[:_HEAD_BYTES]]
+            self._tail = (self._tail + piece[-_TAIL_BYTES:])[-_TAIL_BYTES:]
+
+    def _parse(self, line: bytes) -> types.JSONRPCMessage | None:
+        line = line.strip()
+        if not line.startswith(b"{"):
+            if line:
+                self.skipped["not JSON"] += 1
+            return None
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError:
+            self.skipped["invalid UTF-8"] += 1
+            line = line.decode("utf-8", "replace").encode()
+        try:
+            return clean_listing(types.jsonrpc_message_adapter.validate_json(line, by_name=False))
+        except ValidationError:
+            self.skipped["not a message"] += 1
+            return None
+
+    def _oversize(self) -> types.JSONRPCMessage | None:
+        self.skipped["too large"] += 1
+        found = _ID_AT_START.search(self._parts[0]) or _ID_AT_END.search(self._tail)
+        self._tail = b""
+        if found is None:
+            return None
+        return types.JSONRPCError(
+            jsonrpc="2.0",
+            id=int(found[1]),
+            error=types.ErrorData(code=TOO_LARGE, message=f"the answer was larger than {self._max:,} bytes"),
+        )
+
+
+def clean_listing(message: types.JSONRPCMessage) -> types.JSONRPCMessage:
+    """A tools/list answer without what would make the SDK refuse all of it; other messages as they are.
+
+    Tools that are no valid MCP tools are dropped (the plane says which). Output schemas are removed: the text is what
+    the model reads, and a server that breaks its own output schema must not fail the call.
+    """
+    if not isinstance(message, types.JSONRPCResponse) or not isinstance(tools := message.result.get("tools"), list):
+        return message
+    kept = []
+    for tool in tools:
+        try:
+            types.Tool.model_validate(tool, by_name=False)
+        except ValidationError:
+            continue
+        if isinstance(schema := tool["inputSchema"], dict) and schema.get("type") == "object":
+            kept.append({key: value for key, value in tool.items() if key != "outputSchema"})
+    names = [str(tool.get("name")) if isinstance(tool, dict) else repr(tool) for tool in tools]
+    good = {str(tool["name"]) for tool in kept}
+    dropped = [name for name in names if name not in good]
+    meta = message.result.get("_meta")
+    noted = {**(meta if isinstance(meta, dict) else {}), DROPPED: dropped}
+    return message.model_copy(update={"result": {**message.result, "tools": kept, "_meta": noted}})
+
+
+DROPPED = "matpo/dropped"
+"""Key in a listing's `_meta`: names of the tools that `clean_listing` left out."""

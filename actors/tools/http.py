@@ -1,0 +1,89 @@
+"""Streamable HTTP for the MCP client: transport errors and oversize answers become errors of their own call."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import httpx2
+import orjson
+from mcp.client.streamable_http import streamable_http_client
+
+from actors.tools.streams import CleanedReader, Streams
+
+TRANSPORT_FAILED = -32_099
+"""JSON-RPC error code of the answer we put in place of one that never came."""
+
+
+class PerCallErrors(httpx2.AsyncBaseTransport):
+    """Answers a POST that failed with a JSON-RPC error, because an exception would end the SDK's whole client."""
+
+    def __init__(self, inner: httpx2.AsyncBaseTransport, *, max_body_bytes: int) -> None:
+        self._inner = inner
+        self._max = max_body_bytes
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Send the request; a failed one is answered with status 200 and a JSON-RPC error for its id."""
+        try:
+            response = await self._inner.handle_async_request(request)
+        except httpx2.TransportError as error:
+            return _failure(request, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+        stream = response.stream
+        assert isinstance(stream, httpx2.AsyncByteStream), "an async client streams its answers"
+        response.stream = _Capped(stream, self._max)
+        return response
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._inner.aclose()
+
+
+class _Capped(httpx2.AsyncByteStream):
+    """A body cut at a number of bytes; one that breaks off ends there, and parsing it fails for that call alone."""
+
+    def __init__(self, inner: httpx2.AsyncByteStream, max_bytes: int) -> None:
+        self._inner = inner
+        self._left = max_bytes
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self._inner:
+                self._left -= len(chunk)
+                if self._left < 0:
+                    return
+                yield chunk
+        except httpx2.TransportError:
+            return
+
+    async def aclose(self) -> None:
+        """Close the answer."""
+        await self._inner.aclose()
+
+
+def _failure(request: httpx2.Request, reason: str) -> httpx2.Response:
+    request_id = None
+    if request.method == "POST":
+        body = orjson.loads(request.content)
+        request_id = body.get("id") if isinstance(body, dict) else None
+    if request_id is None:
+        return httpx2.Response(503, request=request)
+    error = {"jsonrpc": "2.0", "id": request_id, "error": {"code": TRANSPORT_FAILED, "message": reason}}
+    return httpx2.Response(
+        200, headers={"content-type": "application/json"}, content=orjson.dumps(error), request=request
+    )
+
+
+@asynccontextmanager
+async def http_streams(
+    url: str, headers: Mapping[str, str], *, timeout_s: float, max_inflight: int, max_body_bytes: int
+) -> AsyncIterator[Streams]:
+    """An MCP transport to `url` for the length of the block."""
+    limits = httpx2.Limits(max_connections=max_inflight + 4, max_keepalive_connections=max_inflight + 4)
+    transport = PerCallErrors(httpx2.AsyncHTTPTransport(limits=limits), max_body_bytes=max_body_bytes)
+    # The plane's deadline per call rules; this one only frees connections whose call is long over.
+    timeout = httpx2.Timeout(timeout_s + 30.0)
+    async with (
+        httpx2.AsyncClient(transport=transport, headers=dict(headers), timeout=timeout) as client,
+        streamable_http_client(url, http_client=client, max_sse_event_size=max_body_bytes) as (read, write),
+    ):
+        yield CleanedReader(read), write
