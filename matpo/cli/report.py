@@ -1,0 +1,1 @@
+"""What `matpo run` says at the end."""
