@@ -101,7 +101,6 @@ def encode_tree(tree: EpisodeTree) -> list[bytes]:
         )
     shared = packing.shared_prefixes(trajectories)
     sampled = np.concatenate([t.sampled for t in trajectories])
-    logprobs = np.concatenate([t.logprobs for t in trajectories], dtype="<f4", casting="same_kind")
     versions = packing.version_runs(np.concatenate([t.versions for t in trajectories], dtype=np.int32))
     width = packing.token_bytes(trajectories)
     header = _header(tree, width, versions[:, 0])
@@ -113,7 +112,7 @@ def encode_tree(tree: EpisodeTree) -> list[bytes]:
         packing.pack_turns(turns),
         packing.pack_tokens(trajectories, shared, width),
         packing.pack_sampled(sampled),
-        logprobs.tobytes(),
+        packing.pack_logprobs(trajectories),
         versions.astype("<i4").tobytes(),
     ]
 

@@ -221,6 +221,11 @@ def unpack_version_runs(frame: Frame, *, sampled_count: int) -> NDArray[np.int32
     return rows.astype(np.int32)
 
 
+def pack_logprobs(trajectories: Sequence[Trajectory]) -> bytes:
+    """One float32 per sampled token."""
+    return b"".join([np.ascontiguousarray(t.logprobs, dtype="<f4").data for t in trajectories])
+
+
 def unpack_logprobs(frame: Frame, *, sampled_count: int) -> Floats:
     """One float32 per sampled token; its values are checked by `Trajectory`."""
     return array(frame, np.float32, "log-probability frame", length=sampled_count).astype(np.float32)
