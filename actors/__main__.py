@@ -45,6 +45,8 @@ class Place:
     hub: str
     state: Path
     actor_id: str
+    patience_s: float = 30.0
+    """How long the hub may take to let the actor in."""
 
 
 async def run_actor(place: Place) -> None:
@@ -62,8 +64,10 @@ async def run_actor(place: Place) -> None:
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         outbox = stack.enter_context(Outbox.open(folder, limit_trees=config.actor.outbox_limit_trees))
-        client = await enter(HubClient.connect(place.hub, identity=place.actor_id, keys=keys))
-        welcome = await greet(client, hello)
+        client = await enter(
+            HubClient.connect(place.hub, identity=place.actor_id, keys=keys, deadline_s=place.patience_s)
+        )
+        welcome = await greet(client, hello, deadline_s=place.patience_s)
         engine = await enter(EmbeddedEngine.open(model_folder(config.model), config.actor.engine, seed=seed))
         tools = await enter(ToolPlane.open(config.tools, variables=tool_variables(config, folder=folder / "world")))
         stage = Stage.open(config, engine=engine, tools=tools, actor_id=place.actor_id)

@@ -32,14 +32,13 @@ from protocols.messages import (
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-WELCOME_PATIENCE_S = 30.0
 HELLO_EVERY_S = 2.0
 LEAVE_PATIENCE_S = 8.0
 STALL_S = 60.0
 """A wait that lasts longer is shown as a stall by `matpo doctor`."""
 
 
-async def greet(client: HubClient, hello: Hello, *, deadline_s: float = WELCOME_PATIENCE_S) -> Welcome:
+async def greet(client: HubClient, hello: Hello, *, deadline_s: float) -> Welcome:
     """Say hello until welcomed. Raises `UserError` when the hub refuses, or says nothing for `deadline_s` seconds."""
     with anyio.move_on_after(deadline_s):
         while True:
