@@ -159,7 +159,7 @@ class Agent:
         reason = self._refusal(block, number)
         if isinstance(block, BadCall) or reason is not None:
             name = "" if isinstance(block, BadCall) else block.name
-            result = _Result("tool_result", f"error: {reason}", "model_error", REFUSED, name)
+            result = _Result("tool_result", f"Error: {reason}", "model_error", REFUSED, name)
         elif (offer := self._part.offers[block.name]).server == AGENT_SERVER:
             report = await self._hand_over(offer.name, str(block.arguments["subtask"]).strip(), turn)
             result = _Result("worker_report", report.text, report.outcome, AGENT_SERVER, offer.name)
@@ -256,11 +256,11 @@ class Agent:
         run = self.run
         if run.status in INFRASTRUCTURE:
             reason = run.status.replace("_", " ")
-            return Report(f"error: {run.role} broke off ({reason}); try again or go on without it", "infrastructure")
+            return Report(f"Error: {run.role} broke off ({reason}); try again or go on without it", "infrastructure")
         if run.final is None:
             reason = run.status.replace("_", " ")
             return Report(
-                f"error: {run.role} ended without a report ({reason}); give it a smaller subtask", "model_error"
+                f"Error: {run.role} ended without a report ({reason}); give it a smaller subtask", "model_error"
             )
         return Report(_cut(run.final, self._role.report_limit_characters), "ok")
 

@@ -113,6 +113,7 @@ class Stage:
 
     def stamps(self, versions: Sequence[int]) -> tuple[WeightStamp, ...]:
         """The digests of the weights that sampled an episode's tokens."""
+        self.note_weights()
         unknown = sorted(set(versions) - set(self.digests))
         if unknown:
             raise LookupError(f"tokens of weights {unknown} were sampled, but note_weights was not called for them")

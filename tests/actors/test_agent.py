@@ -92,7 +92,7 @@ async def test_results_speak_as_the_user_where_the_config_says_so() -> None:
 async def test_a_call_that_cannot_be_run_is_answered_with_what_to_fix(message: str, told: str) -> None:
     SEARCH.seen.clear()
     agent, scene, _ = await play(says(message, "Ann"))
-    assert f"tool\nerror: {told}" in transcript(agent)[2][1]
+    assert f"tool\nError: {told}" in transcript(agent)[2][1]
     assert [(span.outcome, span.server) for span in scene.spans] == [("model_error", "")]
     assert agent.run.status == "done" and not SEARCH.seen
 
@@ -153,7 +153,7 @@ async def test_a_message_cut_by_its_own_limit_is_closed_before_the_next_one() ->
     agent, _, _ = await play(says("<tool_call>{and so on", "Ann"), role)
     kinds = transcript(agent)
     assert kinds[1] == ("sampled", "<tool_call>") and agent.run.talk.turns[1].stop_reason == "length"
-    assert kinds[2][1].startswith("<|im_end|>\n<|im_start|>tool\nerror: your <tool_call> block is not closed")
+    assert kinds[2][1].startswith("<|im_end|>\n<|im_start|>tool\nError: your <tool_call> block is not closed")
     sampled = agent.run.talk.trajectory(parent=None, status="done").sampled
     start = agent.run.talk.turns[2].start
     assert not sampled[start] and sampled[start - 1]
