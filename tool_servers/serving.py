@@ -10,6 +10,7 @@ import socket
 import stat
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -58,6 +59,8 @@ class Service:
     name: str
     instructions: str
     tools: tuple[ServedTool, ...]
+    running: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
+    """Held open while serving: what the tools need alive."""
 
 
 def add_transport_options(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +72,13 @@ def add_transport_options(parser: argparse.ArgumentParser) -> None:
 def serve(service: Service, *, http: int | None, host: str) -> int:
     """Serve until the client closes stdin (stdio) or the process is signalled (HTTP)."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve_http(service, http, host) if http is not None else _serve_stdio(service))
+        runner.run(_serve(service, http, host))
     return 0
+
+
+async def _serve(service: Service, http: int | None, host: str) -> None:
+    async with service.running():
+        await (_serve_http(service, http, host) if http is not None else _serve_stdio(service))
 
 
 def text_argument(arguments: Arguments, name: str) -> str:
