@@ -151,9 +151,7 @@ class _PathAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(  # type: ignore[override]  # autograd passes one gradient per output
-        ctx: torch.autograd.function.FunctionCtx, grad_output: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, *sums = ctx.saved_tensors  # type: ignore[attr-defined]
         plan, scale, window, flash = ctx.matpo  # type: ignore[attr-defined]
         heads, key_heads = query.shape[1], key.shape[1]

@@ -80,6 +80,8 @@ def _chunks(batch: MicroBatch, vocabulary: int) -> Iterator[tuple[slice, slice]]
     """Consecutive scored tokens (as a slice of K) and the sampled tokens that share them (as a slice of T)."""
     size = max(1, CHUNK_LOGITS // vocabulary)
     starts = list(range(0, len(batch.target_K), size))
-    bounds = torch.searchsorted(batch.scored_T, torch.tensor([*starts, len(batch.target_K)]).to(batch.scored_T)).tolist()
+    bounds = torch.searchsorted(
+        batch.scored_T, torch.tensor([*starts, len(batch.target_K)]).to(batch.scored_T)
+    ).tolist()
     for number, start in enumerate(starts):
         yield slice(start, min(start + size, len(batch.target_K))), slice(bounds[number], bounds[number + 1])

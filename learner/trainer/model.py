@@ -1,4 +1,4 @@
-"""The policy being trained: any Hugging Face causal model with plain attention, float32 master weights, run on tries."""
+"""The policy being trained: a Hugging Face causal model with plain attention, float32 master weights, run on tries."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class Policy:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"model {str(folder)!r} cannot be loaded: {str(error).splitlines()[0]}; give a Hugging Face causal model"
+                f"model {str(folder)!r} cannot be loaded: {str(error).splitlines()[0]};"
+                " give the folder of a Hugging Face causal model"
             ) from error
         return cls.of(model, learner)
 
@@ -50,8 +51,9 @@ class Policy:
         register()
         device = torch.device(learner.device)
         # Dropout would make π depend on the draw; evaluation mode switches it off and keeps gradients.
-        model = model.float().to(device).eval()
-        projection = model.get_output_embeddings()
+        torch.nn.Module.to(model, device=device, dtype=torch.float32)
+        torch.nn.Module.train(model, False)
+        projection = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it bare
         if not isinstance(projection, torch.nn.Linear):
             raise UserError(f"model {type(model).__name__} has no linear output projection; it cannot be trained")
         dtype = torch.bfloat16 if learner.dtype == "bfloat16" else torch.float32
@@ -92,7 +94,9 @@ class Policy:
             plan = plan_attention(trie, self.device)
             tokens, positions = (torch.from_numpy(array).to(self.device) for array in (trie.tokens, trie.positions))
             try:
-                hidden = self.body(input_ids=tokens[None], position_ids=positions[None], use_cache=False, trie_plan=plan)
+                hidden = self.body(
+                    input_ids=tokens[None], position_ids=positions[None], use_cache=False, trie_plan=plan
+                )
             except (ValueError, TypeError) as error:
                 raise UserError(f"model {type(self.model).__name__} cannot be trained: {error}") from error
             ours = torch.nn.functional.linear(hidden.last_hidden_state[0], self.head.weight, self.head.bias)
@@ -101,5 +105,5 @@ class Policy:
         if not difference <= PROBE_TOLERANCE:
             raise UserError(
                 f"model {type(self.model).__name__} cannot be trained: its logits differ by {difference:.2g} (relative)"
-                " when prefixes are shared; only causal models with plain softmax attention and a linear head are served"
+                " when prefixes are shared; only causal models with softmax attention and a linear head are served"
             )

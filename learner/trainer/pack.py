@@ -34,7 +34,9 @@ class Sample:
 
     def __post_init__(self) -> None:
         if not self.sampled[1:].any() or self.sampled[0]:
-            raise ValueError(f"a {self.role} trajectory of {len(self.tokens)} tokens must sample some, and not its first")
+            raise ValueError(
+                f"a {self.role} trajectory of {len(self.tokens)} tokens must sample some, and not its first"
+            )
 
     @property
     def inputs(self) -> Tokens:
@@ -115,7 +117,9 @@ def _micro_batch(samples: Sequence[Sample], device: torch.device) -> MicroBatch:
         behaviour_T=torch.from_numpy(np.concatenate([sample.behaviour for sample in samples])[order_T]).to(device),
         advantage_T=per_token([sample.advantage for sample in samples]),
         weight_T=per_token([sample.weight for sample in samples]),
-        role_T=torch.from_numpy(np.repeat([roles.index(sample.role) for sample in samples], counts)[order_T]).to(device),
+        role_T=torch.from_numpy(np.repeat([roles.index(sample.role) for sample in samples], counts)[order_T]).to(
+            device
+        ),
         roles=roles,
         input_tokens=sum(len(tokens) for tokens in inputs),
     )

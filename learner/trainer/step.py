@@ -1,4 +1,4 @@
-"""One training step: every micro-batch forward and backward, then the optimizer; what happened comes back as a report."""
+"""One training step: every micro-batch forward and backward, then the optimizer; a report says what happened."""
 
 from __future__ import annotations
 
@@ -167,7 +167,9 @@ def train_step(
 
 def _role_reports(batches: Sequence[MicroBatch], first: _Pass) -> Iterator[tuple[str, PolicyReport]]:
     for role in sorted({role for batch in batches for role in batch.roles}):
-        at = [b.role_T == b.roles.index(role) if role in b.roles else torch.zeros_like(b.role_T).bool() for b in batches]
+        at = [
+            b.role_T == b.roles.index(role) if role in b.roles else torch.zeros_like(b.role_T).bool() for b in batches
+        ]
         yield (
             role,
             policy_report(

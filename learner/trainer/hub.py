@@ -1,0 +1,120 @@
+"""The trainer's questions to the hub. Each may be asked twice, so a hub that restarts in between is only waited for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+from typing import Final, Self
+
+import structlog
+
+from learner.trainer.intake import StepInput
+from matpo.errors import UserError
+from matpo.folder import HubAddress, RunFolder
+from protocols.channel import TrainerLink
+from protocols.messages import (
+    PROTOCOL,
+    Batch,
+    BatchRequest,
+    HubMessage,
+    NotYet,
+    Ok,
+    Publish,
+    Refuse,
+    StepDone,
+    TrainerHello,
+    TrainerWelcome,
+)
+
+ANSWER_DEADLINE_S: Final = 300.0
+"""Longest the hub may be away before the trainer gives up (its supervisor starts it again)."""
+HUB_START_S: Final = 60.0
+PAUSE_S: Final = 0.2
+"""Shortest time between two requests for a batch, should the hub answer `NotYet` at once."""
+
+log = structlog.get_logger()
+
+
+class Refused(Exception):
+    """The hub will not take what the trainer says: another trainer is at work or the journal is of another run."""
+
+
+class Hub:
+    """The hub as the trainer sees it."""
+
+    def __init__(self, link: TrainerLink, stopping: threading.Event) -> None:
+        self._link = link
+        self._stopping = stopping
+
+    @classmethod
+    def connect(cls, folder: RunFolder, stopping: threading.Event) -> Self:
+        """Find the hub of a run. Raises `UserError` if none listens within a minute."""
+        return cls(TrainerLink(_address(folder, stopping).trainer_endpoint), stopping)
+
+    def __enter__(self) -> Self:
+        self._link.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._link.__exit__(kind, error, trace)
+
+    def hello(self, *, step: int, config_digest: str) -> int:
+        """Say at which step the trainer is; returns the lineage its versions belong to."""
+        answer, _ = self._ask(TrainerHello(protocol=PROTOCOL, step=step, config_digest=config_digest), "a welcome")
+        if not isinstance(answer, TrainerWelcome):
+            raise Refused(f"the hub answered the trainer's hello with {answer.kind}")
+        return answer.lineage
+
+    def batch(self, step: int) -> tuple[Batch, tuple[memoryview, ...]] | None:
+        """Wait for the groups of `step`; None when the trainer was told to stop meanwhile."""
+        while not self._stopping.is_set():
+            asked = time.monotonic()
+            answer, frames = self._ask(BatchRequest(step=step), f"the batch of step {step}")
+            match answer:
+                case Batch():
+                    return answer, frames
+                case NotYet():
+                    self._stopping.wait(max(0.0, PAUSE_S - (time.monotonic() - asked)))
+                case _:
+                    raise Refused(f"the hub answered a batch request with {answer.kind}")
+        return None
+
+    def done(self, step: int, taken: StepInput) -> None:
+        """Have the ledger record the step."""
+        self._expect_ok(
+            StepDone(step=step, trained=taken.trained, filtered=taken.filtered), f"step {step} in the ledger"
+        )
+
+    def publish(self, message: Publish) -> None:
+        """Announce weights whose files are on disk."""
+        self._expect_ok(message, f"version {message.version} taken over")
+
+    def _expect_ok(self, message: StepDone | Publish, waiting_for: str) -> None:
+        answer, _ = self._ask(message, waiting_for)
+        if not isinstance(answer, Ok):
+            raise Refused(f"the hub answered {message.kind} with {answer.kind}")
+
+    def _ask(
+        self, message: TrainerHello | BatchRequest | StepDone | Publish, waiting_for: str
+    ) -> tuple[HubMessage, tuple[memoryview, ...]]:
+        answer, frames = self._link.request(message, deadline_s=ANSWER_DEADLINE_S, waiting_for=waiting_for)
+        if isinstance(answer, Refuse):
+            raise Refused(f"the hub refused {message.kind} ({answer.reason}): {answer.detail}")
+        return answer, frames
+
+
+def _address(folder: RunFolder, stopping: threading.Event) -> HubAddress:
+    """Hub and trainer are started together, so hub.json may take a moment; a file can only be looked at again."""
+    deadline = time.monotonic() + HUB_START_S
+    while time.monotonic() < deadline and not stopping.is_set():
+        address = folder.hub_address()
+        if address is not None:
+            return address
+        stopping.wait(0.05)
+    raise UserError(
+        f"no hub of run {str(folder.path)!r} listens after {HUB_START_S:g} s;"
+        f" start `matpo-learner --run {folder.path}`, which starts hub and trainer"
+    )

@@ -1,0 +1,152 @@
+"""From the hub's frames to what a step trains on: trees, groups, credit, weights, micro-batches. Nothing is random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from learner.trainer.pack import MicroBatch, Sample, pack
+from matpo.config import Config
+from matpo.credit.chosen import TreeAdvantages, advantages
+from matpo.freshness import distance
+from matpo.weighting import TreeWeights, token_weights
+from protocols.codec import decode_tree
+from protocols.messages import Batch
+from protocols.records import EpisodeGroup, EpisodeTree, Record
+
+UNSCORED = "unscored"
+NO_TOKENS = "nothing_to_train"
+
+
+class IntakeReport(Record):
+    """What a batch held, before training on it."""
+
+    groups: int
+    trees: int
+    filtered_trees: int
+    """Left out by the trainer: not scored, or nothing in them the policy could learn from."""
+    trajectories: int
+    """That weigh something in the loss."""
+    reward_mean: float
+    """Over scored trees; 0 without one."""
+    reward_parts: dict[str, float]
+    """Mean of each part of the reward over the trees where it was scored."""
+    all_fail_groups: float
+    """Fraction of groups in which no answer scored."""
+    all_pass_groups: float
+    """Fraction of groups in which every answer scored fully."""
+    staleness_mean: float
+    """Optimizer steps between the weights about to be trained and the oldest that sampled the tree."""
+    staleness_max: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInput:
+    """Everything one step needs."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    trained: tuple[str, ...]
+    """Ids of the trees in the loss."""
+    filtered: tuple[tuple[str, str], ...]
+    """(tree id, reason) of the others."""
+    report: IntakeReport
+
+
+def read_trees(batch: Batch, frames: Sequence[memoryview | bytes]) -> tuple[EpisodeTree, ...]:
+    """Decode a batch. Raises `MalformedTree` (the hub checked every tree when it came, so this is a defect)."""
+    if sum(batch.frame_counts) != len(frames):
+        raise ValueError(f"batch of step {batch.step} announces {sum(batch.frame_counts)} frames but has {len(frames)}")
+    trees, at = [], 0
+    for count in batch.frame_counts:
+        trees.append(decode_tree(frames[at : at + count]))
+        at += count
+    return tuple(trees)
+
+
+def group_trees(trees: Sequence[EpisodeTree]) -> tuple[EpisodeGroup, ...]:
+    """Trees that belong together, groups in order of their first tree. Raises ValueError if a group mixes tasks."""
+    members: dict[str, list[EpisodeTree]] = {}
+    for tree in trees:
+        members.setdefault(tree.group_id, []).append(tree)
+    return tuple(EpisodeGroup(name, group[0].task, tuple(group)) for name, group in members.items())
+
+
+def prepare(trees: Sequence[EpisodeTree], config: Config, *, current: int, device: torch.device) -> StepInput:
+    """Credit, weigh and pack the trees of one step; `current` is the version about to be trained."""
+    groups = group_trees(trees)
+    ordered = [tree for group in groups for tree in group.trees]
+    credited = [scores for group in groups for scores in advantages(group, config.learner)]
+    weights = token_weights(ordered, credited, config.learner)
+    filtered = []
+    samples: list[Sample] = []
+    for tree, scores, weighed in zip(ordered, credited, weights, strict=True):
+        if all(score is None for score in scores):
+            filtered.append((tree.tree_id, UNSCORED))
+        elif not any(weighed):
+            filtered.append((tree.tree_id, NO_TOKENS))
+        samples += _samples(tree, scores, weighed, config)
+    left_out = {tree_id for tree_id, _ in filtered}
+    return StepInput(
+        micro_batches=pack(samples, limit_tokens=config.learner.micro_batch_tokens, device=device),
+        trained=tuple(tree.tree_id for tree in ordered if tree.tree_id not in left_out),
+        filtered=tuple(filtered),
+        report=_report(groups, len(filtered), len(samples), current),
+    )
+
+
+def _samples(tree: EpisodeTree, scores: TreeAdvantages, weighed: TreeWeights, config: Config) -> list[Sample]:
+    samples = []
+    for trajectory, score, weight in zip(tree.trajectories, scores, weighed, strict=True):
+        if score is None or weight == 0:
+            continue
+        role = config.episode.roles.get(trajectory.role)
+        if role is None:
+            raise ValueError(f"tree {tree.tree_id} was played by the role {trajectory.role!r}, which the config lacks")
+        samples.append(
+            Sample(
+                role=trajectory.role,
+                tokens=trajectory.tokens,
+                sampled=trajectory.sampled,
+                behaviour=trajectory.logprobs,
+                advantage=score,
+                weight=weight,
+                # Greedy sampling has no density; its tokens are then scored as drawn at temperature 1.
+                temperature=role.sampling.temperature or 1.0,
+            )
+        )
+    return samples
+
+
+def _report(groups: Sequence[EpisodeGroup], filtered: int, trajectories: int, current: int) -> IntakeReport:
+    trees = [tree for group in groups for tree in group.trees]
+    parts: dict[str, list[float]] = {}
+    for tree in trees:
+        for name, value in tree.rewards.items():
+            if value is not None:
+                parts.setdefault(name, []).append(value)
+    answers = [[_answer(tree) for tree in group.trees] for group in groups]
+    ages = [distance(version=tree.versions[0], current=current) for tree in trees if tree.versions]
+    return IntakeReport(
+        groups=len(groups),
+        trees=len(trees),
+        filtered_trees=filtered,
+        trajectories=trajectories,
+        reward_mean=_mean(parts.get("total", [])),
+        reward_parts={name: _mean(values) for name, values in sorted(parts.items()) if name != "total"},
+        all_fail_groups=_mean([float(max(group) <= 0) for group in answers]),
+        all_pass_groups=_mean([float(min(group) >= 1) for group in answers]),
+        staleness_mean=_mean([float(age) for age in ages]),
+        staleness_max=max(ages, default=0),
+    )
+
+
+def _answer(tree: EpisodeTree) -> float:
+    """The answer's part of the reward; of trees without one, the whole reward."""
+    value = tree.rewards.get("answer", tree.reward)
+    return 0.0 if value is None else value
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

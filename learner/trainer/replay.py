@@ -1,0 +1,108 @@
+"""Train again from a run's journal alone: the same trees in the same order give the same weights, bit for bit.
+
+With overrides it trains another way on the same episodes, to compare credit rules or objectives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import orjson
+
+from learner.hub.batches import STALE, split_frames
+from learner.hub.journal import Journal, JournalUnreadable, integer, text
+from learner.trainer.checkpoint import Checkpoints
+from learner.trainer.intake import prepare
+from learner.trainer.publish import to_weights
+from learner.trainer.setup import Training
+from learner.trainer.step import train_step
+from matpo.errors import UserError, run_command
+from matpo.folder import RunFolder
+from matpo.load import load_config
+from protocols.codec import decode_tree
+from protocols.records import EpisodeTree, version_of
+from protocols.weights import weights_digest
+
+
+def trained_batches(journal: Journal) -> Iterator[tuple[int, tuple[EpisodeTree, ...]]]:
+    """Every step of the surviving weights and the trees its trainer was given, in the order it was given them."""
+    for step, groups in journal.rows(
+        "SELECT step, groups FROM batches WHERE step IN (SELECT step FROM steps WHERE undone = 0) ORDER BY step"
+    ):
+        trees: list[EpisodeTree] = []
+        for group in orjson.loads(text(groups)):
+            rows = journal.rows(
+                "SELECT sizes, data FROM trees JOIN frames ON tree_seq = seq WHERE group_seq = ? AND step = ?"
+                " AND state IN ('trained', 'filtered') AND reason IS NOT ? ORDER BY episode, tree_id",
+                (int(group), step, STALE),
+            )
+            trees += [decode_tree(split_frames(row)) for row in rows]
+        yield integer(step), tuple(trees)
+
+
+def replay(folder: RunFolder, overrides: Sequence[str]) -> int:
+    """Train from the journal, print both digests; returns 1 if they should agree and do not."""
+    config = load_config(folder.config, overrides)
+    saved = Checkpoints(folder.checkpoints, config.learner.keep_checkpoints).newest()
+    training = Training.start(config)
+    last = 0
+    with Journal.open_read_only(folder.journal) as journal, journal.snapshot():
+        for step, trees in trained_batches(journal):
+            if saved is not None and step > saved.step and not overrides:
+                break
+            if step != last + 1:
+                raise UserError(f"journal {str(folder.journal)!r} lacks the batch of step {last + 1}; it was cut short")
+            started = time.monotonic()
+            # The lineage numbers versions and changes no arithmetic.
+            current = version_of(lineage=0, step=step - 1)
+            taken = prepare(trees, config, current=current, device=training.policy.device)
+            report = train_step(
+                training.policy,
+                training.optimizer,
+                taken.micro_batches,
+                config.learner,
+                step=step,
+                steps=config.run.steps,
+            )
+            last = step
+            print(
+                f"step {step:4d}  reward {taken.report.reward_mean:.3f}  loss {report.loss:+.5f}"
+                f"  grad norm {report.grad_norm:.4f}  {time.monotonic() - started:.2f} s",
+                flush=True,
+            )
+    digest = weights_digest(to_weights(training.policy.parameters, "float32"))
+    print(f"replayed {last} steps: weights {digest}")
+    if overrides:
+        return 0
+    if saved is None or saved.step != last:
+        raise UserError(
+            f"run {str(folder.path)!r} has no checkpoint of step {last} to compare with;"
+            " let it end, or stop it with Ctrl-C"
+        )
+    same = digest == saved.weights
+    print(f"checkpoint of step {saved.step}: weights {saved.weights}: {'equal' if same else 'DIFFERENT'}")
+    return 0 if same else 1
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Entry point of `python -m learner.trainer.replay RUN [section.key=value …] [--objective NAME]`."""
+    parser = argparse.ArgumentParser(prog="matpo replay", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="train another way")
+    parser.add_argument("--objective", metavar="NAME", help="short for learner.objective.name=NAME, with its defaults")
+    options = parser.parse_args(arguments)
+    overrides = list(options.overrides)
+    if options.objective is not None:
+        overrides.insert(0, f'learner.objective={{name = "{options.objective}"}}')
+    try:
+        return replay(RunFolder.existing(options.run), overrides)
+    except JournalUnreadable as error:
+        raise UserError(str(error)) from error
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: run(sys.argv[1:])))

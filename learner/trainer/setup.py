@@ -1,0 +1,44 @@
+"""What training and replay start from: settled arithmetic, the policy and its optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from learner.trainer.model import Policy
+from learner.trainer.step import make_optimizer
+from matpo.config import Config
+from matpo.errors import UserError
+from matpo.model_files import model_folder
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Training:
+    """A policy and the optimizer that moves it."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def start(cls, config: Config) -> Training:
+        """Load the configured model. The same config gives the same weights, bit for bit, on one kind of machine."""
+        make_deterministic(threads=config.learner.threads, seed=config.run.seed)
+        _check_device(config.learner.device)
+        policy = Policy.load(model_folder(config.model), config.learner)
+        return cls(policy, make_optimizer(policy, config.learner))
+
+
+def make_deterministic(*, threads: int, seed: int) -> None:
+    """Fix what could make two runs of the same step differ: random state, reduction order, kernel choice."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"learner.device {name!r} cannot be used: {str(error).splitlines()[0]}; try 'cpu'") from error

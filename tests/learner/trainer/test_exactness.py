@@ -1,0 +1,141 @@
+"""Prefix sharing, packing and the chunked head change nothing: loss and gradients are those of one-by-one training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from learner.trainer import head
+from learner.trainer.model import Policy
+from learner.trainer.pack import Sample, pack
+from learner.trainer.step import accumulate
+from matpo.config import Clip, Decoupled, Dppo, Learner, Objective, Tis
+from tests.learner.trainer.models import VOCABULARY, Family, reference_gradient, sample, tiny_model
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> list[Sample]:
+    """Sequences over three tokens, so that prefixes, strict prefixes and duplicates are common."""
+    sequences = draw(
+        st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=12), min_size=1, max_size=9).filter(
+            lambda rows: sum(map(len, rows)) > 0
+        )
+    )
+    out = []
+    for number, tokens in enumerate(sequences):
+        places = draw(st.sets(st.integers(1, len(tokens) - 1), min_size=1))
+        out.append(sample(tokens, sorted(places), seed=number, role=draw(st.sampled_from(["planner", "worker"]))))
+    return out
+
+
+def relative_difference(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """Largest difference of any gradient entry relative to the largest entry of its tensor.
+
+    A tensor whose gradient nearly cancels is measured against a tenth of the largest entry of the model."""
+    assert ours.keys() == reference.keys()
+    largest = max(float(grad.abs().max()) for grad in reference.values())
+    return max(
+        float((ours[name] - grad).abs().max()) / max(float(grad.abs().max()), 0.1 * largest, 1e-30)
+        for name, grad in reference.items()
+    )
+
+
+def gradient(
+    policy: Policy, rows: Sequence[Sample], objective: Objective, limit: int
+) -> tuple[float, dict[str, Tensor]]:
+    done = accumulate(policy, pack(rows, limit_tokens=limit, device=CPU), objective)
+    return done.loss, {name: p.grad.clone() for name, p in policy.parameters.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("objective", [Dppo(tau=0.1), Clip(), Decoupled(), Tis()], ids=lambda o: o.name)
+@settings(max_examples=20, deadline=None)
+@given(rows=samples(), limit=st.sampled_from([1, 7, 20, 1000]))
+def test_loss_and_gradients_equal_one_by_one_eager_training(
+    family: Family, objective: Objective, rows: list[Sample], limit: int
+) -> None:
+    expected_loss, expected = reference_gradient(tiny_model(family), rows, objective)
+    loss, found = gradient(Policy.of(tiny_model(family), Learner()), rows, objective, limit)
+    assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
+    assert relative_difference(found, expected) < 1e-5
+
+
+def random_rows(count: int, seed: int) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(0, VOCABULARY, 10).tolist()
+    rows = []
+    for number in range(count):
+        tokens = shared[: int(rng.integers(1, 11))] + rng.integers(0, VOCABULARY, int(rng.integers(2, 30))).tolist()
+        places = sorted(
+            rng.choice(np.arange(1, len(tokens)), int(rng.integers(1, len(tokens))), replace=False).tolist()
+        )
+        rows.append(sample(tokens, places, seed=number, role=("planner", "worker")[number % 2]))
+    return rows
+
+
+def test_gradient_does_not_depend_on_micro_batch_size_or_order() -> None:
+    rows = random_rows(40, seed=1)
+    policy = Policy.of(tiny_model("qwen3"), Learner())
+    _, reference = gradient(policy, rows, Dppo(), 10_000)
+    for limit, order in ((1, 1), (64, -1), (200, 1), (10_000, -1)):
+        _, found = gradient(policy, rows[::order], Dppo(), limit)
+        assert relative_difference(found, reference) < 1e-5
+
+
+def test_gradient_does_not_depend_on_the_head_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = random_rows(20, seed=2)
+    policy = Policy.of(tiny_model("llama", tied=False), Learner())
+    _, reference = gradient(policy, rows, Dppo(), 10_000)
+    for tokens in (1, 3, 50):
+        monkeypatch.setattr(head, "CHUNK_LOGITS", tokens * VOCABULARY)
+        _, found = gradient(policy, rows, Dppo(), 10_000)
+        assert relative_difference(found, reference) < 1e-5
+
+
+def test_temperature_of_each_role_scales_the_logits() -> None:
+    cold, warm = sample([1, 2, 3, 4], [2, 3]), sample([1, 2, 3, 4], [2, 3], seed=1)
+    rows = [cold, Sample(**{name: getattr(warm, name) for name in warm.__slots__} | {"temperature": 2.5})]
+    _, expected = reference_gradient(tiny_model("llama"), rows, Tis())
+    _, found = gradient(Policy.of(tiny_model("llama"), Learner()), rows, Tis(), 100)
+    assert relative_difference(found, expected) < 1e-5
+
+
+def test_shared_prefixes_are_computed_once() -> None:
+    (batch,) = pack([sample([1, 2, 3, 4], [3]), sample([1, 2, 3, 5, 6], [3, 4]), sample([1, 2, 3], [2])],
+                    limit_tokens=100, device=CPU)  # fmt: skip
+    assert batch.tokens_N.tolist() == [1, 2, 3, 5]
+    assert batch.positions_N.tolist() == [0, 1, 2, 3]
+    # (after 1 2: 3), (after 1 2 3: 4 and 5), (after 1 2 3 5: 6)
+    assert list(zip(batch.predictor_K.tolist(), batch.target_K.tolist(), strict=True)) == [
+        (1, 3),
+        (2, 4),
+        (2, 5),
+        (3, 6),
+    ]
+    assert batch.input_tokens == 3 + 4 + 2
+
+
+def test_the_same_sampled_token_in_two_trees_is_scored_once_and_weighed_twice() -> None:
+    (batch,) = pack([sample([1, 2, 3], [2]), sample([1, 2, 3], [2], seed=1)], limit_tokens=100, device=CPU)
+    assert batch.target_K.tolist() == [3]
+    assert batch.scored_T.tolist() == [0, 0]
+    assert len(set(batch.advantage_T.tolist())) == 2
+
+
+def test_micro_batches_hold_at_most_the_tokens_asked_for() -> None:
+    batches = pack(random_rows(40, seed=3), limit_tokens=64, device=CPU)
+    assert len(batches) > 5
+    assert max(len(batch.tokens_N) for batch in batches) <= 64
+
+
+def test_a_trajectory_that_samples_its_first_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="planner trajectory of 3 tokens must sample some, and not its first"):
+        sample([1, 2, 3], [0, 1])
