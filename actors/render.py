@@ -85,7 +85,12 @@ class Renderer:
     @classmethod
     def load(cls, model: Model) -> Renderer:
         """Read the tokenizer of a Hugging Face folder; no torch needed."""
-        tokenizer = AutoTokenizer.from_pretrained(model_folder(model))
+        folder = model_folder(model)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"model.path {str(folder)!r} has no tokenizer that can be read: {reason}") from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise UserError(f"model.path {str(model.path)!r} has no tokenizer.json; save its fast tokenizer there")
         template = chat_template(model)
@@ -217,13 +222,22 @@ class Renderer:
     def _renders(self, messages: Sequence[Message]) -> bool:
         """Whether the template accepts these roles in this order and shows the last message."""
         try:
-            return messages[-1].content in self._chat_text(messages)
+            return messages[-1].content in self._template(messages, (), True)
         except TemplateError:
             return False
 
     def _chat_text(
         self, messages: Sequence[Message], *, tools: Sequence[ToolSchema] = (), generate: bool = True
     ) -> str:
+        try:
+            return self._template(messages, tools, generate)
+        except TemplateError as error:
+            roles = ", ".join(message.role for message in messages)
+            raise UserError(
+                f"the chat template cannot render {roles}: {error}; give another model.chat_template"
+            ) from error
+
+    def _template(self, messages: Sequence[Message], tools: Sequence[ToolSchema], generate: bool) -> str:
         text = self._chat.apply_chat_template(
             [{"role": message.role, "content": message.content} for message in messages],
             tools=[{"type": "function", "function": dict(tool)} for tool in tools] or None,

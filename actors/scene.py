@@ -14,10 +14,11 @@ from actors.calls import AGENT_SERVER, FORMATS, CallFormat, Offer, function_sche
 from actors.conversation import Conversation
 from actors.engines.engine import Engine
 from actors.render import Frame, Renderer
+from actors.tools.plane import ToolResult, ToolSpec
 from matpo.config import Config, Role, Sampling
 from matpo.errors import UserError
 from protocols.messages import Purpose
-from protocols.records import Outcome, Status, Task, ToolSpan, WeightStamp
+from protocols.records import Status, Task, ToolSpan, WeightStamp
 
 _PLACE = re.compile(r"\{(question|subtask|report|tools)\}")
 
@@ -27,48 +28,16 @@ def fill(template: str, **values: str) -> str:
     return _PLACE.sub(lambda match: values.get(match[1], match[0]), template)
 
 
-class ToolAnswer(Protocol):
-    """What a tool call came to; see `actors.tools.plane.ToolResult`."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def outcome(self) -> Outcome: ...
-    @property
-    def server(self) -> str: ...
-    @property
-    def tool(self) -> str: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def result_bytes(self) -> int: ...
-
-
-class ToolOffer(Protocol):
-    """A tool as its server describes it; see `actors.tools.plane.ToolSpec`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def server(self) -> str: ...
-    @property
-    def tool(self) -> str: ...
-    @property
-    def description(self) -> str: ...
-    @property
-    def parameters(self) -> Mapping[str, JsonValue]: ...
-
-
 class Toolbox(Protocol):
     """What agents need of `actors.tools.plane.ToolPlane`."""
 
-    def specs(self, patterns: Sequence[str], *, hidden: frozenset[str] = frozenset()) -> Sequence[ToolOffer]:
+    def specs(self, patterns: Sequence[str], *, hidden: frozenset[str] = frozenset()) -> Sequence[ToolSpec]:
         """The tools that match, in a fixed order, without the arguments named in `hidden`."""
         ...
 
     async def call(
         self, name: str, arguments: Mapping[str, JsonValue], *, fixed: Mapping[str, JsonValue]
-    ) -> ToolAnswer:
+    ) -> ToolResult:
         """Call a tool by its model-facing name; a bad tool or server is in the answer, never raised."""
         ...
 
@@ -147,7 +116,7 @@ class Stage:
         return Part(role, offers, self.renderer.opening(system, schemas if by_template else ()), sampling)
 
 
-def _offer(spec: ToolOffer) -> Offer:
+def _offer(spec: ToolSpec) -> Offer:
     return Offer(spec.name, spec.server, spec.tool, spec.description, spec.parameters)
 
 

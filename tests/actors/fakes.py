@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from actors.engines.engine import EngineHealth, Generation, LoadReport
 from actors.render import Renderer
 from actors.scene import Stage
+from actors.tools.plane import ToolResult, ToolSpec
 from matpo.config import Config, Sampling
 from protocols.records import Outcome, StopReason, Task, Tokens, version_of
 from protocols.weights import Weights
@@ -138,26 +139,12 @@ class ScriptedEngine:
         return EngineHealth("ready", "scripted", 0, 0, 0)
 
 
-@dataclass(frozen=True)
-class FakeSpec:
-    name: str
-    server: str
-    tool: str
-    description: str
-    parameters: dict[str, JsonValue]
+def result(text: str, outcome: Outcome = "ok", *, tool: str = "search") -> ToolResult:
+    """An answer of the server `<tool>_server`."""
+    return ToolResult(text, outcome, f"{tool}_server", tool, 0.0, len(text))
 
 
-@dataclass(frozen=True)
-class FakeResult:
-    text: str
-    outcome: Outcome
-    server: str
-    tool: str
-    seconds: float = 0.0
-    result_bytes: int = 0
-
-
-Tool = Callable[[Mapping[str, JsonValue]], Awaitable[str | FakeResult]]
+Tool = Callable[[Mapping[str, JsonValue]], Awaitable[str | ToolResult]]
 
 
 @dataclass
@@ -167,22 +154,22 @@ class FakeTools:
     tools: Mapping[str, tuple[Tool, tuple[str, ...]]] = field(default_factory=dict)
     seen: list[tuple[str, dict[str, JsonValue]]] = field(default_factory=list)
 
-    def specs(self, patterns: Sequence[str], *, hidden: frozenset[str] = frozenset()) -> Sequence[FakeSpec]:
+    def specs(self, patterns: Sequence[str], *, hidden: frozenset[str] = frozenset()) -> Sequence[ToolSpec]:
         return [self._spec(name, hidden) for name in sorted(self.tools) if name in patterns]
 
-    def _spec(self, name: str, hidden: frozenset[str]) -> FakeSpec:
+    def _spec(self, name: str, hidden: frozenset[str]) -> ToolSpec:
         names = [n for n in self.tools[name][1] if n not in hidden]
         properties: dict[str, JsonValue] = {n: {"type": "string"} for n in names}
         schema: dict[str, JsonValue] = {"type": "object", "properties": properties, "required": [*names]}
-        return FakeSpec(name, f"{name}_server", name, f"The {name} tool.", schema)
+        return ToolSpec(name, f"{name}_server", name, f"The {name} tool.", schema)
 
     async def call(
         self, name: str, arguments: Mapping[str, JsonValue], *, fixed: Mapping[str, JsonValue]
-    ) -> FakeResult:
+    ) -> ToolResult:
         merged = {**arguments, **fixed}
         self.seen.append((name, merged))
         answer = await self.tools[name][0](merged)
-        return answer if isinstance(answer, FakeResult) else FakeResult(answer, "ok", f"{name}_server", name)
+        return answer if isinstance(answer, ToolResult) else result(answer, tool=name)
 
 
 def settings(roles: Mapping[str, Mapping[str, object]], **episode: object) -> Config:

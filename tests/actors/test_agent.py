@@ -10,10 +10,10 @@ from pydantic import JsonValue
 from actors.agent import MAX_CALLS_PER_TURN, Agent, Report
 from actors.engines.engine import EngineFailure
 from actors.scene import Scene
+from actors.tools.plane import ToolResult
 from matpo.config import Sampling
 from matpo.errors import UserError
 from tests.actors.fakes import (
-    FakeResult,
     FakeTools,
     Say,
     Script,
@@ -21,6 +21,7 @@ from tests.actors.fakes import (
     call,
     decoded,
     last_message,
+    result,
     settings,
     stage,
     task,
@@ -193,8 +194,8 @@ async def test_an_engine_that_fails_twice_ends_the_agent_as_engine_failure() -> 
 
 
 async def test_a_tool_outage_is_told_to_the_model_and_marks_the_trajectory() -> None:
-    async def down(arguments: Mapping[str, JsonValue]) -> FakeResult:
-        return FakeResult("search is down", "infrastructure", "search_server", "search")
+    async def down(arguments: Mapping[str, JsonValue]) -> ToolResult:
+        return result("search is down", "infrastructure")
 
     tools = FakeTools({"search": (down, ("query",))})
     on_stage, _ = stage(settings({"solver": SOLVER}, workflow="single_agent"), says(call("search", query="x"), "Ann"),

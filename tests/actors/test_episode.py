@@ -12,10 +12,11 @@ from pydantic import JsonValue
 from actors.engines.engine import EngineFailure
 from actors.episode import play_episode
 from actors.scene import Stage
+from actors.tools.plane import ToolResult
 from matpo.config import Sampling
 from protocols.messages import Purpose
 from protocols.records import EpisodeTree, WeightStamp, version_of
-from tests.actors.fakes import FakeResult, FakeTools, Say, Script, call, last_message, settings, stage, task
+from tests.actors.fakes import FakeTools, Say, Script, call, last_message, result, settings, stage, task
 
 ROLES: dict[str, dict[str, object]] = {
     "planner": {"system": "Plan.", "delegates": ["worker"], "max_context_tokens": 5_000},
@@ -118,8 +119,8 @@ async def test_finished_agents_of_a_cancelled_episode_keep_their_status() -> Non
 
 
 async def test_a_tool_outage_leaves_the_episode_unscored() -> None:
-    async def down(arguments: Mapping[str, JsonValue]) -> FakeResult:
-        return FakeResult("search is down", "infrastructure", "search_server", "search")
+    async def down(arguments: Mapping[str, JsonValue]) -> ToolResult:
+        return result("search is down", "infrastructure")
 
     tree = await played(open_stage(well_played, FakeTools({"search": (down, ("query",))})))
     assert [t.status for t in tree.trajectories] == ["done", "tool_failure"]

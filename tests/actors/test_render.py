@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import JsonValue
 from transformers import PreTrainedTokenizerFast
 
@@ -19,6 +21,9 @@ SEARCH: dict[str, JsonValue] = {
     "description": "Finds.",
     "parameters": {"type": "object", "properties": {}},
 }
+
+TOKENIZERS = {template: byte_tokenizer(template) for template in (CHATML, QWEN)}
+RENDERERS = {template: Renderer(tokenizer) for template, tokenizer in TOKENIZERS.items()}
 
 
 def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -63,6 +68,21 @@ def test_what_was_sampled_stays_even_where_the_text_would_be_tokenised_otherwise
     record = conversation.trajectory(parent=None, status="done")
     assert record.tokens[record.sampled].tolist() == two_letters.tolist()
     assert ids(tokenizer, decoded(tokenizer, record.tokens)) != record.tokens.tolist()  # "th" is one token
+
+
+@given(st.text(), st.text(), st.sampled_from([CHATML, QWEN]))
+def test_whatever_the_contents_appending_equals_rendering_the_whole(question: str, more: str, template: str) -> None:
+    renderer = RENDERERS[template]
+    tokenizer = TOKENIZERS[template]
+    answer = sampled(tokenizer, "ok<|im_end|>")
+    tokens = [
+        *renderer.first(renderer.opening("S", ()), question).tolist(),
+        *answer.tolist(),
+        *renderer.follow(answer, [Message("user", more)])[0].tolist(),
+    ]
+    messages = chat(("system", "S"), ("user", question), ("assistant", "ok"), ("user", more))
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert tokens == ids(tokenizer, str(whole))
 
 
 def test_several_tool_results_share_one_block_and_each_gets_its_own_span() -> None:
@@ -142,6 +162,11 @@ def test_a_template_that_rewrites_history_is_refused() -> None:
     renderer = Renderer(byte_tokenizer(forgetful))
     with pytest.raises(UserError, match="rewrites what came before an assistant turn when user follows"):
         renderer.follow(np.empty(0, dtype=np.int32), [Message("user", "x")])
+
+
+def test_a_template_that_cannot_be_rendered_is_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"the chat template cannot render user, assistant: .*give another"):
+        Renderer(byte_tokenizer("{% for m in messages %}{{ m.content }"))
 
 
 def test_a_tokenizer_without_chat_template_is_refused() -> None:
