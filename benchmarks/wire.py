@@ -1,5 +1,5 @@
-"""What trees and new weights cost on the wire: bytes per token, codec and delta rates per core, acknowledged gigabytes
-per second between two processes on loopback. `python -m benchmarks.wire [--quick]`; the last line is one JSON object."""
+"""What trees and new weights cost on the wire: bytes per token, codec and delta rates per core, acknowledged
+gigabytes per second between two processes. `python -m benchmarks.wire [--quick]`; the last line is one JSON object."""
 
 from __future__ import annotations
 

@@ -315,9 +315,14 @@ class _Doorkeeper:
     def _answer_all(self) -> None:
         while _ready(self._socket, zmq.POLLIN):
             version, request, _domain, _address, _identity, mechanism, *credentials = self._socket.recv_multipart()
-            known = mechanism == b"CURVE" and self._keys.allows(z85.encode(credentials[0]).decode())
-            verdict = [b"200", b"OK"] if known else [b"400", b"key not allowed"]
+            verdict = [b"200", b"OK"] if self._knows(mechanism, credentials) else [b"400", b"key not allowed"]
             self._socket.send_multipart([version, request, *verdict, b"", b""])
+
+    def _knows(self, mechanism: bytes, credentials: Sequence[bytes]) -> bool:
+        try:
+            return mechanism == b"CURVE" and self._keys.allows(z85.encode(credentials[0]).decode())
+        except OSError:  # an unreadable list lets nobody in, and the next handshake reads it again
+            return False
 
 
 class _HandshakeWatcher:

@@ -99,7 +99,7 @@ def allow(directory: Path, public: str) -> None:
 def allowed(directory: Path) -> list[str]:
     """Public keys of the actors that may come in."""
     path = directory / ALLOWED_FILE
-    return path.read_text(encoding="ascii").split() if path.exists() else []
+    return path.read_text(encoding="ascii", errors="replace").split() if path.exists() else []
 
 
 def _read_secret(path: Path) -> bytes:

@@ -11,6 +11,10 @@ from protocols.records import Record, Task
 PROTOCOL = 1
 """Raised whenever a message or the tree encoding changes; peers with another number are refused."""
 
+MAX_CHUNK_BYTES = 64 * 2**20
+"""Most bytes one request may ask for; 4 MiB at a time is what measured best."""
+
+Count = Annotated[int, Field(ge=0)]
 Purpose = Literal["train", "eval"]
 RefuseReason = Literal[
     "malformed", "oversized", "unknown_peer", "wrong_protocol", "wrong_config",
@@ -33,11 +37,12 @@ class Wait(Record):
 class WeightObject(Record):
     """One downloadable file that, applied to `base` (None: to nothing), gives `version`."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,199}$")
+    """Also its file name on either side, so nothing that leads out of a folder."""
     kind: Literal["keyframe", "delta", "fold"]
-    version: int
-    base: int | None
-    size_bytes: int
+    version: Count
+    base: Count | None
+    size_bytes: Count
     digest: str
     """xxh3-128 of the file's bytes."""
 
@@ -54,7 +59,7 @@ class Hello(Record):
     tokenizer_digest: str
     config_digest: str
     """Digest of the settings both sides must share (roles, tools, rewards, model)."""
-    capacity: int
+    capacity: Count
     """Episodes it can play at once."""
 
 
@@ -62,7 +67,7 @@ class LeaseRequest(Record):
     """Asks for work; the hub answers with leases as freshness admits them, up to `episodes` episodes in all."""
 
     kind: Literal["lease_request"] = "lease_request"
-    episodes: int
+    episodes: Count
 
 
 class TreeUpload(Record):
@@ -79,9 +84,9 @@ class Heartbeat(Record):
     leases: tuple[str, ...]
     version: int
     """Weights the engine holds; -1 for none yet."""
-    live_episodes: int
-    outbox_trees: int
-    sampled_tokens: int
+    live_episodes: Count
+    outbox_trees: Count
+    sampled_tokens: Count
     """Since the actor started."""
     waits: tuple[Wait, ...] = ()
 
@@ -91,8 +96,8 @@ class ChunkRequest(Record):
 
     kind: Literal["chunk_request"] = "chunk_request"
     name: str
-    offset: int
-    size_bytes: int
+    offset: Count
+    size_bytes: int = Field(ge=1, le=MAX_CHUNK_BYTES)
 
 
 class WeightsLoaded(Record):

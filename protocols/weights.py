@@ -131,7 +131,9 @@ def _view(path: Path, name: str, entry: _Entry, body: NDArray[np.uint8]) -> Tens
             f"weight file {path}: tensor {name!r} of shape {list(entry.shape)} claims bytes {start} to {stop}"
             f" of {len(body)}: cut short?"
         )
-    return Tensor(dtype, np.asarray(body[start:stop]).view(item).reshape(entry.shape))
+    data = np.asarray(body[start:stop]).view(item).reshape(entry.shape)
+    # Files of other tools may mix item sizes without padding; not every consumer reads across alignment.
+    return Tensor(dtype, data if data.flags.aligned else data.copy())
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -96,6 +96,17 @@ def test_keyframe_tensors_are_mapped_and_cannot_be_changed(tmp_path: Path) -> No
         read_keyframe(tmp_path / "k")["a"].data[0] = 3.0
 
 
+def test_a_tensor_that_another_tool_laid_out_off_its_alignment_is_read_all_the_same(tmp_path: Path) -> None:
+    header = (
+        b'{"a":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]},"b":{"dtype":"F32","shape":[2],"data_offsets":[2,10]}}'
+    )
+    body = np.uint16(7).tobytes() + np.array([1.0, 2.0], dtype="<f4").tobytes()
+    (tmp_path / "k").write_bytes(len(header).to_bytes(8, "little") + header + body)
+    read = read_keyframe(tmp_path / "k")
+    assert read["b"].data.flags.aligned
+    assert same(read, {"a": bfloat16([7]), "b": float32([1.0, 2.0])})
+
+
 def test_writing_leaves_no_draft_behind_and_replaces_the_old_file_whole(tmp_path: Path) -> None:
     write_keyframe(tmp_path / "k", {"a": float32([1.0])}, version=1)
     mapped = read_keyframe(tmp_path / "k")
