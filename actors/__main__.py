@@ -17,6 +17,7 @@ import structlog
 
 from actors.engines.embedded.engine import EmbeddedEngine
 from actors.episode import play_episode
+from actors.failure import user_error
 from actors.follow import Follower
 from actors.outbox import Outbox
 from actors.play import Player
@@ -148,15 +149,6 @@ def run() -> int:
             raise
         raise known from error
     return 0
-
-
-def user_error(error: BaseException) -> UserError | None:
-    """What a user can fix about an error, or about the first such error of a group."""
-    if isinstance(error, BaseExceptionGroup):
-        return next((found for inner in error.exceptions if (found := user_error(inner)) is not None), None)
-    if isinstance(error, ChannelError | BadKeys):
-        return UserError(str(error))
-    return error if isinstance(error, UserError) else None
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from actors.__main__ import Place, parse, run_actor, user_error
+from actors.__main__ import Place, parse, run_actor
+from actors.failure import user_error
 from matpo.config import Config
 from matpo.errors import UserError
 from protocols.channel import HubSocket

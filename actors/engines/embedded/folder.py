@@ -1,0 +1,28 @@
+"""The weights of a Hugging Face folder, as the learner would send them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from actors.engines.embedded.architecture import read_architecture
+from matpo.errors import UserError
+from protocols.weights import BadWeights, Tensor, Weights, read_keyframe
+
+
+def read_model_weights(folder: Path) -> Weights:
+    """All tensors of the folder's safetensors files, memory-mapped; a tied output head appears once.
+
+    Raises `UserError` where there are none, or a file is damaged or of another number format.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"model folder {str(folder)!r} holds no .safetensors file; give a Hugging Face model folder")
+    weights: dict[str, Tensor] = {}
+    try:
+        for file in files:
+            weights |= read_keyframe(file)
+    except BadWeights as error:
+        raise UserError(str(error)) from error
+    if read_architecture(folder).tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    return weights
