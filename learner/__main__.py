@@ -1,0 +1,67 @@
+"""`matpo-learner`: the hub and the trainer of one run, each started again when it dies, until the run is complete.
+
+Exit codes: 0 the run is complete, 2 something to fix, 130 stopped by SIGTERM or SIGINT before that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import anyio
+
+from learner.supervisor import Child, Supervisor
+from matpo.errors import UserError, run_command
+from matpo.folder import RunFolder
+from matpo.load import load_config
+from matpo.logs import configure_logs
+
+
+def main() -> None:
+    """Entry point of the `matpo-learner` command."""
+    sys.exit(run_command(lambda: run(sys.argv[1:])))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Supervise the learner of one run; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="matpo-learner", description="Hub and trainer of one run, supervised.")
+    parser.add_argument("config", type=Path, nargs="?", help="TOML file; not needed with --run")
+    parser.add_argument("override", nargs="*", help="section.key=value")
+    parser.add_argument("--run", type=Path, metavar="RUN", help="start or go on in this run's folder")
+    options = parser.parse_args(arguments)
+    folder = prepare(options.config, options.override, options.run)
+    load_config(folder.config)
+    configure_logs(folder.log("learner"), "learner")
+    sys.stderr.write(f"run folder {folder.path}\n")
+    place = ["--run", str(folder.path)]
+    supervisor = Supervisor(
+        hub=Child("hub", (sys.executable, "-m", "learner.hub", *place)),
+        trainer=Child("trainer", (sys.executable, "-m", "learner.trainer", *place)),
+        output=folder.path / "logs",
+        environment=dict(os.environ),
+    )
+    return anyio.run(supervisor.run)
+
+
+def prepare(config: Path | None, overrides: Sequence[str], run: Path | None) -> RunFolder:
+    """The run's folder: an existing one keeps its settings, a new one gets those of `config`."""
+    if run is not None and (run / "config.json").is_file():
+        if overrides:
+            raise UserError("--run of an existing run takes no overrides: a run keeps the settings it started with")
+        return RunFolder.existing(run)
+    if config is None:
+        raise UserError("give a config file, for example configs/quickstart.toml, or --run with a run's folder")
+    settings = load_config(config, overrides)
+    if run is None:
+        return RunFolder.create(settings)
+    folder = RunFolder(run)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.config.write_text(settings.model_dump_json(indent=2), encoding="utf-8")
+    return folder
+
+
+if __name__ == "__main__":
+    main()

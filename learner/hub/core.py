@@ -1,0 +1,386 @@
+"""What the hub does with each message: decide, write down, and only then answer. No sockets and no clock in here.
+
+The caller opens a transaction, hands in the messages it has, calls `advance`, commits, and sends what `take_outgoing`
+returns: nothing is promised to anybody before it is on disk.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from learner.hub.batches import Batches, BatchRules, OutOfStep
+from learner.hub.evaluation import EvaluationRecord, Evaluator
+from learner.hub.grants import Granter
+from learner.hub.journal import Journal
+from learner.hub.leases import GroupRules, Leases
+from learner.hub.roster import Roster
+from learner.hub.tasks import TaskCursor
+from learner.hub.waits import Condition
+from learner.hub.weights import WeightStore
+from matpo.config import Config
+from protocols.channel import Frame, Received
+from protocols.codec import MalformedTree, decode_header, decode_tree
+from protocols.messages import (
+    PROTOCOL,
+    Ack,
+    Batch,
+    BatchRequest,
+    Cancel,
+    ChunkRequest,
+    Drain,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    HubMessage,
+    Lease,
+    LeaseRequest,
+    NotYet,
+    Ok,
+    Publish,
+    Refuse,
+    RefuseReason,
+    StepDone,
+    TrainerHello,
+    TrainerWelcome,
+    TreeUpload,
+    Wait,
+    WeightsLoaded,
+    Welcome,
+)
+from protocols.records import Task, lineage_of, step_of
+
+Side = Literal["actors", "trainer"]
+
+BATCH_PATIENCE_S: Final = 1.0
+"""A batch request is answered with `NotYet` after so long; well before the trainer would ask again."""
+SILENT_HEARTBEATS: Final = 4
+"""An actor that missed so many heartbeats is given nothing new."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One message to send after the commit."""
+
+    side: Side
+    peer: bytes
+    message: HubMessage
+    frames: Sequence[Frame] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """A trainer that waits for its batch."""
+
+    peer: bytes
+    step: int
+    since_s: float
+
+
+class Hub:
+    """The hub's state: the journal, and what it may forget (who is connected, who asked)."""
+
+    def __init__(
+        self,
+        config: Config,
+        journal: Journal,
+        *,
+        run: str,
+        weights: Path,
+        tokenizer: str,
+        train: Sequence[Task],
+        evaluation: Sequence[Task],
+        now_s: float,
+    ) -> None:
+        """`weights` is the folder of weight files, `tokenizer` the digest actors must show, `now_s` monotonic."""
+        self._config = config
+        self._run = run
+        self._tokenizer = tokenizer
+        rules = GroupRules(
+            group_size=config.learner.group_size,
+            min_group=config.hub.min_group,
+            max_attempts=config.hub.max_attempts,
+            filter_zero_variance=config.learner.filter_zero_variance,
+        )
+        self.leases = Leases(journal, rules, lease_s=config.hub.lease_s, now_s=now_s)
+        batch_rules = BatchRules(
+            groups_per_step=config.learner.groups_per_step,
+            min_group=config.hub.min_group,
+            max_staleness_steps=config.freshness.max_staleness_steps,
+        )
+        self.batches = Batches(journal, self.leases, batch_rules)
+        self.weights = WeightStore(journal, weights)
+        self.evaluator = Evaluator(journal, self.leases, config.evaluation, evaluation, steps=config.run.steps)
+        self.granter = Granter(
+            config,
+            leases=self.leases,
+            batches=self.batches,
+            weights=self.weights,
+            cursor=TaskCursor(train, config.run.seed),
+        )
+        self.roster = Roster(silence_limit_s=SILENT_HEARTBEATS * config.hub.heartbeat_s)
+        self.refused: Counter[str] = Counter()
+        """Messages refused here, by reason."""
+        self.draining: str | None = None
+        """Why no more work is given out, once it is so."""
+        self._outgoing: list[Outgoing] = []
+        self._asker: Asker | None = None
+        self._training: int | None = None
+
+    def take_outgoing(self) -> list[Outgoing]:
+        """What to send now that the transaction is on disk."""
+        outgoing, self._outgoing = self._outgoing, []
+        return outgoing
+
+    @property
+    def complete(self) -> bool:
+        """Whether every step is trained, its weights published and the last evaluation in."""
+        latest, steps = self.weights.latest, self._config.run.steps
+        published = latest is not None and step_of(latest.version) >= steps
+        same = latest is not None and lineage_of(latest.version) == self.batches.lineage
+        return published and same and self.batches.step >= steps and self.evaluator.all_finished()
+
+    def handle(self, side: Side, received: Received, *, now_s: float, at: float) -> None:
+        """Act on one message (at Unix time `at`)."""
+        message = received.message
+        if isinstance(message, TrainerHello | BatchRequest | StepDone | Publish):
+            if side == "trainer":
+                self._handle_trainer(received.peer, message, now_s=now_s, at=at)
+            else:
+                self._refuse(side, received.peer, "unexpected", f"{message.kind} belongs on the trainer's socket")
+        elif side == "actors":
+            self._handle_actor(received.peer, message, received.frames, now_s=now_s, at=at)
+        else:
+            self._refuse(side, received.peer, "unexpected", f"{message.kind} belongs on the actors' socket")
+
+    def undelivered(self, outgoing: Outgoing) -> None:
+        """A message found its peer gone: a lease in it goes back."""
+        if isinstance(outgoing.message, Lease):
+            self.leases.end(outgoing.message.lease_id, "returned")
+        if outgoing.side == "actors":
+            actor = self.roster.at(outgoing.peer)
+            if actor is not None:
+                actor.wanted = 0
+
+    def advance(self, *, now_s: float, at: float) -> list[EvaluationRecord]:
+        """Do everything that is due now; returns the evaluation rounds that finished."""
+        for lease_id in self.leases.overdue(now_s):
+            self.leases.end(lease_id, "expired")
+        if self.draining is None:
+            for actor, lease in self.granter.give(self.roster.live(now_s), now_s=now_s, at=at):
+                self._send("actors", actor.peer, lease)
+        self._answer_asker(now_s)
+        return self.evaluator.finish_played(at=at)
+
+    def drain(self, reason: str) -> None:
+        """Give out no more work, take back what is leased, and send every actor home."""
+        self.draining = reason
+        for actor in self.roster.everyone():
+            for lease_id in self.leases.live(actor.actor_id):
+                self.leases.end(lease_id, "returned")
+            self._send("actors", actor.peer, Drain(reason=reason))
+
+    def conditions(self, now_s: float) -> Iterator[Condition]:
+        """What is being waited for at this moment."""
+        patience_s = 60.0
+        if self.weights.latest is None:
+            remedy = "the trainer loads its model; if this lasts, see logs/trainer.jsonl and logs/learner.out"
+            yield Condition("hub", "the first weights", patience_s, remedy)
+        if not self.roster.live(now_s) and self.draining is None:
+            yield Condition("hub", "an actor", patience_s, "start matpo-actor with --hub and the address in hub.json")
+        for actor in self.roster.silent(now_s):
+            remedy = f"see logs/{actor.actor_id}.jsonl; its leases are handed out again after hub.lease_s"
+            yield Condition("hub", f"a heartbeat of {actor.actor_id}", self._config.hub.lease_s, remedy)
+        if self._asker is not None:
+            have, need = self.batches.complete_groups(), self._config.learner.groups_per_step
+            remedy = f"{have} of {need} groups are complete; start more actors or raise freshness.eta"
+            yield Condition("trainer", f"the batch of step {self._asker.step}", patience_s, remedy)
+        elif self._training is not None:
+            remedy = "the trainer computes; if this lasts, see logs/trainer.jsonl or lower learner.micro_batch_tokens"
+            yield Condition("hub", f"step {self._training} of the trainer", 300.0, remedy)
+
+    def _handle_actor(
+        self,
+        peer: bytes,
+        message: Hello | LeaseRequest | TreeUpload | Heartbeat | ChunkRequest | WeightsLoaded | Goodbye,
+        frames: Sequence[Frame],
+        *,
+        now_s: float,
+        at: float,
+    ) -> None:
+        actor = self.roster.at(peer)
+        if isinstance(message, Hello):
+            self._welcome(peer, message, now_s=now_s)
+            return
+        if actor is None:
+            about = message.tree_id if isinstance(message, TreeUpload) else ""
+            self._refuse("actors", peer, "unknown_peer", "say hello first; the hub may have been restarted", about)
+            return
+        actor.heard_s = now_s
+        match message:
+            case LeaseRequest(episodes=episodes):
+                actor.wanted = episodes
+            case TreeUpload(tree_id=tree_id):
+                self._take_tree(peer, tree_id, frames, at=at)
+            case Heartbeat(leases=leases):
+                self.leases.renew(leases, actor.actor_id, now_s=now_s)
+                for lease_id in self.roster.heartbeat(actor, message):
+                    self.leases.end(lease_id, "expired")
+                self._announce(peer)
+            case ChunkRequest():
+                self._send_chunk(peer, message)
+            case WeightsLoaded(version=version, digest=digest):
+                actor.version = version
+                if not self.weights.knows(version, digest):
+                    detail = f"weights {version} with digest {digest} were never published; pull them again"
+                    self._refuse("actors", peer, "unknown_weights", detail)
+            case Goodbye():
+                for lease_id in self.leases.live(actor.actor_id):
+                    self.leases.end(lease_id, "returned")
+                self.roster.forget(peer)
+
+    def _welcome(self, peer: bytes, hello: Hello, *, now_s: float) -> None:
+        config = self._config
+        if self.draining is not None:
+            self._refuse("actors", peer, "draining", f"the run is ending ({self.draining})")
+        elif hello.protocol != PROTOCOL:
+            detail = f"actor speaks protocol {hello.protocol}, this hub {PROTOCOL}; install the same matpo on both"
+            self._refuse("actors", peer, "wrong_protocol", detail)
+        elif hello.tokenizer_digest != self._tokenizer:
+            detail = (
+                f"actor has tokenizer {hello.tokenizer_digest}, this run {self._tokenizer}; use the same model.path"
+            )
+            self._refuse("actors", peer, "wrong_config", detail)
+        elif hello.config_digest != config.shared_digest:
+            detail = (
+                f"actor has config {hello.config_digest}, this run {config.shared_digest};"
+                " give both the same [episode], [tools], [rewards] and learner.group_size"
+            )
+            self._refuse("actors", peer, "wrong_config", detail)
+        else:
+            self.roster.hello(peer, hello, self.leases.live(hello.actor_id), now_s)
+            self._send("actors", peer, Welcome(run=self._run, heartbeat_s=config.hub.heartbeat_s))
+            self._announce(peer)
+
+    def _take_tree(self, peer: bytes, tree_id: str, frames: Sequence[Frame], *, at: float) -> None:
+        if self.leases.holds(tree_id):
+            self._send("actors", peer, Ack(tree_id=tree_id))
+            return
+        try:
+            if not frames:
+                raise MalformedTree("a tree upload without frames")
+            header = decode_header(frames[0])
+            decode_tree(frames)  # a tree the trainer could not read must not enter the journal
+            if header.tree_id != tree_id:
+                raise MalformedTree(f"upload of tree {tree_id!r} holds tree {header.tree_id!r}")
+        except MalformedTree as error:
+            self._refuse("actors", peer, "malformed", str(error), tree_id)
+            return
+        unknown = [s.version for s in header.weights if not self.weights.knows(s.version, s.digest)]
+        if unknown:
+            detail = f"tree holds tokens of weights {unknown} with a digest this run never published"
+            self._refuse("actors", peer, "unknown_weights", detail, tree_id)
+        elif not self.leases.knows(header):
+            detail = f"lease {header.lease_id!r} of group {header.group_id!r} was not given out in this run"
+            self._refuse("actors", peer, "unknown_lease", detail, tree_id)
+        else:
+            cancelled = self.leases.arrive(header, frames, at=at)
+            self._send("actors", peer, Ack(tree_id=tree_id))
+            holder = None if cancelled is None else self.roster.named(cancelled.actor_id)
+            if cancelled is not None and holder is not None:
+                reason = "an earlier lease delivered after all"
+                self._send("actors", holder.peer, Cancel(lease_id=cancelled.lease_id, reason=reason))
+
+    def _send_chunk(self, peer: bytes, request: ChunkRequest) -> None:
+        piece = self.weights.chunk(request)
+        if isinstance(piece, Refuse):
+            self._refuse("actors", peer, piece.reason, piece.detail, piece.about)
+        else:
+            self._outgoing.append(Outgoing("actors", peer, piece[0], (piece[1],)))
+
+    def _announce(self, peer: bytes) -> None:
+        ready = self.weights.announcement()
+        if ready is not None:
+            self._send("actors", peer, ready)
+
+    def _handle_trainer(
+        self, peer: bytes, message: TrainerHello | BatchRequest | StepDone | Publish, *, now_s: float, at: float
+    ) -> None:
+        try:
+            match message:
+                case TrainerHello():
+                    self._welcome_trainer(peer, message, at=at)
+                case BatchRequest(step=step):
+                    self._asker = Asker(peer, step, now_s)
+                case StepDone():
+                    self.batches.done(message, at=at)
+                    self._training = None
+                    self._send("trainer", peer, Ok())
+                case Publish():
+                    self._publish(peer, message, at=at)
+        except OutOfStep as error:
+            self._refuse("trainer", peer, "unexpected", str(error))
+
+    def _welcome_trainer(self, peer: bytes, hello: TrainerHello, *, at: float) -> None:
+        expected = self._config.shared_digest
+        if hello.protocol != PROTOCOL:
+            detail = f"trainer speaks protocol {hello.protocol}, this hub {PROTOCOL}; stop what is left of an old run"
+            self._refuse("trainer", peer, "wrong_protocol", detail)
+        elif hello.config_digest != expected:
+            detail = f"trainer has config {hello.config_digest}, this run {expected}; start both from RUN/config.json"
+            self._refuse("trainer", peer, "wrong_config", detail)
+        else:
+            self._asker, self._training = None, None
+            self._send("trainer", peer, TrainerWelcome(lineage=self.batches.begin_lineage(hello.step, at=at)))
+
+    def _publish(self, peer: bytes, message: Publish, *, at: float) -> None:
+        before = self.weights.latest
+        refusal = self.weights.publish(message, at=at)
+        if refusal is not None:
+            self._refuse("trainer", peer, refusal.reason, refusal.detail, refusal.about)
+            return
+        self._send("trainer", peer, Ok())
+        if self.weights.latest is not before:
+            self.evaluator.start_due(step_of(message.version), at=at)
+            for actor in self.roster.everyone():
+                self._announce(actor.peer)
+
+    def _answer_asker(self, now_s: float) -> None:
+        """Send the trainer its batch as soon as there is one, or tell it what is missing."""
+        asker = self._asker
+        if asker is None:
+            return
+        try:
+            groups = self.batches.plan(asker.step)
+        except OutOfStep as error:
+            self._asker = None
+            self._refuse("trainer", asker.peer, "unexpected", str(error))
+            return
+        if groups is not None:
+            trees = self.batches.frames(groups)
+            message = Batch(step=asker.step, frame_counts=tuple(len(frames) for frames in trees))
+            self._outgoing.append(
+                Outgoing("trainer", asker.peer, message, tuple(frame for frames in trees for frame in frames))
+            )
+            self._asker, self._training = None, asker.step
+        elif now_s - asker.since_s >= BATCH_PATIENCE_S:
+            have, need = self.batches.complete_groups(), self._config.learner.groups_per_step
+            wait = Wait(
+                who="trainer",
+                what=f"the batch of step {asker.step}",
+                since_s=now_s - asker.since_s,
+                limit_s=60.0,
+                remedy=f"{have} of {need} groups are complete; start more actors or raise freshness.eta",
+            )
+            self._send("trainer", asker.peer, NotYet(waits=(wait,)))
+            self._asker = None
+
+    def _send(self, side: Side, peer: bytes, message: HubMessage) -> None:
+        self._outgoing.append(Outgoing(side, peer, message))
+
+    def _refuse(self, side: Side, peer: bytes, reason: RefuseReason, detail: str, about: str = "") -> None:
+        self.refused[reason] += 1
+        self._send(side, peer, Refuse(reason=reason, detail=detail, about=about))

@@ -1,0 +1,82 @@
+"""The actors the hub knows at this moment. Nothing here outlives the hub: actors say hello to a new one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from protocols.messages import Heartbeat, Hello, Wait
+
+
+@dataclass(slots=True)
+class KnownActor:
+    """One actor as its last messages described it."""
+
+    peer: bytes
+    actor_id: str
+    capacity: int
+    heard_s: float
+    """Monotonic time of its last message."""
+    unconfirmed: set[str] = field(default_factory=set)
+    """Leases from before its hello; what its first heartbeat does not name is lost to it."""
+    wanted: int = 0
+    """Episodes it could start now."""
+    version: int = -1
+    live_episodes: int = 0
+    outbox_trees: int = 0
+    sampled_tokens: int = 0
+    waits: tuple[Wait, ...] = ()
+
+
+class Roster:
+    """Actors by peer; an actor that comes back under its name replaces its former self."""
+
+    def __init__(self, *, silence_limit_s: float) -> None:
+        self._actors: dict[bytes, KnownActor] = {}
+        self._silence_limit_s = silence_limit_s
+        self.sampled_tokens = 0
+        """Sampled by all actors since this hub started, as far as heartbeats told."""
+
+    def hello(self, peer: bytes, hello: Hello, leases: set[str], now_s: float) -> None:
+        """An actor introduced itself; the journal says it holds `leases`."""
+        former = self.named(hello.actor_id)
+        if former is not None:
+            del self._actors[former.peer]
+        sampled = 0 if former is None else former.sampled_tokens
+        self._actors[peer] = KnownActor(
+            peer, hello.actor_id, hello.capacity, now_s, unconfirmed=leases, sampled_tokens=sampled
+        )
+
+    def heartbeat(self, actor: KnownActor, message: Heartbeat) -> set[str]:
+        """Note what an actor says of itself; returns the leases it turns out to have lost."""
+        lost = actor.unconfirmed - set(message.leases)
+        actor.unconfirmed = set()
+        restarted = message.sampled_tokens < actor.sampled_tokens
+        self.sampled_tokens += message.sampled_tokens - (0 if restarted else actor.sampled_tokens)
+        actor.sampled_tokens = message.sampled_tokens
+        actor.version = message.version
+        actor.live_episodes = message.live_episodes
+        actor.outbox_trees = message.outbox_trees
+        actor.waits = message.waits
+        return lost
+
+    def forget(self, peer: bytes) -> None:
+        """An actor left."""
+        self._actors.pop(peer, None)
+
+    def at(self, peer: bytes) -> KnownActor | None:
+        return self._actors.get(peer)
+
+    def named(self, actor_id: str) -> KnownActor | None:
+        return next((actor for actor in self._actors.values() if actor.actor_id == actor_id), None)
+
+    def everyone(self) -> list[KnownActor]:
+        """All actors that have not said goodbye, by name."""
+        return sorted(self._actors.values(), key=lambda actor: actor.actor_id)
+
+    def live(self, now_s: float) -> list[KnownActor]:
+        """Those heard of lately."""
+        return [actor for actor in self.everyone() if now_s - actor.heard_s <= self._silence_limit_s]
+
+    def silent(self, now_s: float) -> list[KnownActor]:
+        """Those not heard of lately."""
+        return [actor for actor in self.everyone() if now_s - actor.heard_s > self._silence_limit_s]

@@ -1,0 +1,131 @@
+"""The hub's line in the metrics file, every heartbeat: ledger, actors, throughput, staleness, waits, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from learner.hub.core import Hub
+from learner.hub.journal import Journal, real
+from learner.hub.ledger import Ledger, read_ledger
+from learner.hub.waits import WaitBook
+from protocols.messages import Wait
+from protocols.records import Record
+
+
+class ActorStatus(Record):
+    """One actor as its last heartbeat described it."""
+
+    actor_id: str
+    version: int
+    live_episodes: int
+    outbox_trees: int
+    wanted: int
+    silent_s: float
+
+
+class HubStatus(Record):
+    """A line of stage `hub`."""
+
+    step: int
+    steps: int
+    version: int
+    """Newest published weights; -1 before the first."""
+    lineage: int
+    actors: int
+    """Heard of lately."""
+    known_actors: tuple[ActorStatus, ...]
+    leased_episodes: int
+    """Training and evaluation."""
+    pending_trees: int
+    trained_trees: int
+    filtered_trees: int
+    ledger: Ledger
+    in_flight: int
+    admissible: int
+    evaluation: str | None
+    """The evaluation round going on."""
+    evaluation_left: int
+    """Episodes missing in it."""
+    episodes_per_s: float
+    sampled_tokens_per_s: float
+    reward_mean: float | None
+    """Of the trees in the last two batches."""
+    staleness_mean: float | None
+    staleness_max: int | None
+    waits: tuple[Wait, ...]
+    refused: dict[str, int]
+
+
+@dataclass(slots=True)
+class StatusReporter:
+    """Takes readings and turns differences between them into rates."""
+
+    hub: Hub
+    journal: Journal
+    steps: int
+    waits: WaitBook
+    refused_by_sockets: tuple[dict[str, int], ...]
+    last_s: float
+    last_trees: int
+    last_tokens: int
+
+    def read(self, now_s: float) -> HubStatus:
+        """The status at this moment, inside a transaction or snapshot of the caller."""
+        hub, journal = self.hub, self.journal
+        ledger = read_ledger(journal)
+        elapsed_s = max(now_s - self.last_s, 1e-6)
+        tokens = hub.roster.sampled_tokens
+        episodes_per_s = (ledger.trees - self.last_trees) / elapsed_s
+        tokens_per_s = (tokens - self.last_tokens) / elapsed_s
+        self.last_s, self.last_trees, self.last_tokens = now_s, ledger.trees, tokens
+        actors = hub.roster.everyone()
+        own = self.waits.update(hub.conditions(now_s), now_s)
+        recent = journal.row(
+            "SELECT AVG(reward), AVG(staleness), MAX(staleness) FROM trees WHERE staleness IS NOT NULL AND step > ?",
+            (hub.batches.step - 2,),
+        )
+        reward, staleness, worst = recent if recent is not None else (None, None, None)
+        current = journal.row("SELECT name FROM rounds WHERE finished_at IS NULL ORDER BY began_at LIMIT 1")
+        left = journal.number("SELECT COUNT(*) FROM groups WHERE purpose = 'eval' AND state = 'open'")
+        latest, lineage = hub.weights.latest, hub.batches.lineage
+        return HubStatus(
+            step=hub.batches.step,
+            steps=self.steps,
+            version=-1 if latest is None else latest.version,
+            lineage=-1 if lineage is None else lineage,
+            actors=len(hub.roster.live(now_s)),
+            leased_episodes=journal.number("SELECT COUNT(*) FROM episodes WHERE lease_id IS NOT NULL"),
+            pending_trees=ledger.pending,
+            trained_trees=ledger.trained,
+            filtered_trees=ledger.filtered,
+            known_actors=tuple(
+                ActorStatus(
+                    actor_id=actor.actor_id,
+                    version=actor.version,
+                    live_episodes=actor.live_episodes,
+                    outbox_trees=actor.outbox_trees,
+                    wanted=actor.wanted,
+                    silent_s=round(now_s - actor.heard_s, 3),
+                )
+                for actor in actors
+            ),
+            ledger=ledger,
+            in_flight=hub.leases.in_flight(),
+            admissible=hub.granter.admissible(),
+            evaluation=None if current is None else str(current[0]),
+            evaluation_left=left,
+            episodes_per_s=round(episodes_per_s, 3),
+            sampled_tokens_per_s=round(tokens_per_s, 3),
+            reward_mean=None if reward is None else round(real(reward), 6),
+            staleness_mean=None if staleness is None else round(real(staleness), 6),
+            staleness_max=worst if isinstance(worst, int) else None,
+            waits=(*own, *(wait for actor in hub.roster.live(now_s) for wait in actor.waits)),
+            refused=self._refused(),
+        )
+
+    def _refused(self) -> dict[str, int]:
+        total: dict[str, int] = {}
+        for source in (self.hub.refused, *self.refused_by_sockets):
+            for reason, count in source.items():
+                total[reason] = total.get(reason, 0) + count
+        return total

@@ -1,0 +1,135 @@
+"""The weight files of a run: what actors can pull, served from memory maps; what nobody needs is deleted."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pydantic import TypeAdapter
+
+from learner.hub.journal import Journal, integer, text
+from protocols.messages import Chunk, ChunkRequest, Publish, Refuse, WeightObject, WeightsReady
+
+KEYFRAMES_KEPT: Final = 3
+"""The newest for joiners, the others for whoever is in the middle of a download or a few steps behind."""
+MAX_CHUNK_BYTES: Final = 16 * 2**20
+
+_OBJECTS: Final = TypeAdapter(tuple[WeightObject, ...])
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One version of the weights."""
+
+    version: int
+    digest: str
+    objects: tuple[WeightObject, ...]
+
+
+class WeightStore:
+    """What has been published, from the journal, and the files behind it."""
+
+    def __init__(self, journal: Journal, folder: Path) -> None:
+        self._journal = journal
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+        self._maps: dict[str, mmap.mmap] = {}
+        self.latest: Published | None = None
+        self._digests: set[tuple[int, str]] = set()
+        self._available: tuple[WeightObject, ...] = ()
+        self._unneeded: list[str] = []
+        for row in journal.rows("SELECT version, digest, objects FROM publications ORDER BY seq"):
+            self._add(Published(integer(row[0]), text(row[1]), _OBJECTS.validate_json(text(row[2]))))
+        self._forget_missing()
+
+    def publish(self, message: Publish, *, at: float) -> Refuse | None:
+        """Take note of a new version, inside a transaction. A repeated message changes nothing."""
+        if (message.version, message.digest) in self._digests:
+            return None
+        if any(version == message.version for version, _ in self._digests):
+            return Refuse(
+                reason="unexpected",
+                detail=f"version {message.version} was published before with another digest; restart the trainer",
+                about=str(message.version),
+            )
+        missing = [entry.name for entry in message.objects if not self._is_there(entry)]
+        if missing:
+            return Refuse(
+                reason="unknown_object",
+                detail=f"weight files {missing} are not in {self._folder} in their announced size; write them first",
+                about=str(message.version),
+            )
+        objects = _OBJECTS.dump_json(message.objects).decode()
+        self._journal.insert(
+            "INSERT INTO publications (version, digest, objects, published_at) VALUES (?, ?, ?, ?)",
+            (message.version, message.digest, objects, at),
+        )
+        self._add(Published(message.version, message.digest, message.objects))
+        return None
+
+    def knows(self, version: int, digest: str) -> bool:
+        """Whether these weights were ever published."""
+        return (version, digest) in self._digests
+
+    def announcement(self) -> WeightsReady | None:
+        """What to tell actors; None before the first publication."""
+        if self.latest is None:
+            return None
+        return WeightsReady(version=self.latest.version, digest=self.latest.digest, objects=self._available)
+
+    def chunk(self, request: ChunkRequest) -> tuple[Chunk, memoryview] | Refuse:
+        """A piece of a file, without copying it."""
+        entry = next((known for known in self._available if known.name == request.name), None)
+        if entry is None:
+            return Refuse(
+                reason="unknown_object",
+                detail=f"weight object {request.name!r} is not kept (any more); follow the next WeightsReady",
+                about=request.name,
+            )
+        within = 0 <= request.offset < entry.size_bytes and 0 < request.size_bytes <= MAX_CHUNK_BYTES
+        if not within:
+            return Refuse(
+                reason="malformed",
+                detail=f"chunk [{request.offset}, +{request.size_bytes}) of {request.name!r}: the object has"
+                f" {entry.size_bytes} bytes and a chunk at most {MAX_CHUNK_BYTES}",
+                about=request.name,
+            )
+        stop = min(request.offset + request.size_bytes, entry.size_bytes)
+        return Chunk(name=entry.name, offset=request.offset), self._map(entry.name)[request.offset : stop]
+
+    def delete_old(self) -> list[str]:
+        """Remove files that no announcement names; returns their names. Call after the transaction is on disk."""
+        gone = []
+        for name in self._unneeded:
+            self._maps.pop(name, None)  # chunks on their way keep the map alive
+            path = self._folder / name
+            if path.is_file():
+                path.unlink()
+                gone.append(name)
+        self._unneeded.clear()
+        return gone
+
+    def _add(self, published: Published) -> None:
+        self.latest = published
+        self._digests.add((published.version, published.digest))
+        known = {entry.name: entry for entry in (*self._available, *published.objects)}
+        objects = list(known.values())
+        keyframes = [place for place, entry in enumerate(objects) if entry.kind == "keyframe"]
+        first = keyframes[-KEYFRAMES_KEPT] if len(keyframes) >= KEYFRAMES_KEPT else 0
+        self._available = tuple(objects[first:])
+        self._unneeded += [entry.name for entry in objects[:first]]
+
+    def _forget_missing(self) -> None:
+        self._available = tuple(entry for entry in self._available if self._is_there(entry))
+
+    def _is_there(self, entry: WeightObject) -> bool:
+        path = self._folder / entry.name
+        return path.parent == self._folder and path.is_file() and path.stat().st_size == entry.size_bytes
+
+    def _map(self, name: str) -> memoryview:
+        if name not in self._maps:
+            with (self._folder / name).open("rb") as file:
+                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return memoryview(self._maps[name])
