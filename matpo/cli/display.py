@@ -80,18 +80,17 @@ class Display:
         if self._hub is not None:
             hub = self._hub
             parts.append(f"{hub.episodes_per_s:.0f} episodes/s  {hub.sampled_tokens_per_s:.0f} tokens/s")
-            parts.append(f"{hub.trained_trees} trained, {hub.filtered_trees} filtered, {hub.pending_trees} pending")
+            parts.append(_ledger(hub))
         return "  |  ".join(parts)
 
     def stage(self) -> str:
         """What the run is doing, in words."""
         if self._hub is None:
             return "starting: the learner and the actors load the model"
-        if not self._evaluations and self._trainer is None:
-            return "playing the held-out questions before training"
-        if self._trainer is not None and self._trainer.step >= self._config.run.steps:
-            return "playing the held-out questions after training"
-        return "training"
+        if self._hub.evaluation in ("before", "after"):
+            when = self._hub.evaluation
+            return f"playing the held-out questions {when} training, {self._hub.evaluation_left} left"
+        return "training" if self._hub.live_actors else "waiting for actors"
 
     def _print_rounds(self, rounds: list[EvaluationLine]) -> None:
         for one in rounds:
@@ -112,9 +111,12 @@ class Display:
             rows.add_row("step time", f"wait {t.wait_s:.2f} s, train {t.step_s:.2f} s, publish {t.publish_s:.2f} s")
         if self._hub is not None:
             h = self._hub
-            rows.add_row("playing", f"{h.actors} actors, {h.leased_episodes} episodes leased")
+            rows.add_row("playing", f"{h.live_actors} actors, {h.in_flight} episodes")
             rows.add_row("rate", f"{h.episodes_per_s:.1f} episodes/s, {h.sampled_tokens_per_s:.0f} sampled tokens/s")
-            rows.add_row("ledger", f"{h.trained_trees} trained, {h.filtered_trees} filtered, {h.pending_trees} pending")
+            rows.add_row("ledger", _ledger(h))
+            for wait in h.waits:
+                if wait.since_s > wait.limit_s:
+                    rows.add_row("stall", f"{wait.who} waits for {wait.what} ({wait.since_s:.0f} s): {wait.remedy}")
         for one in self._evaluations[-6:]:
             rows.add_row("held out", _round_in_words(one))
         elapsed = time.monotonic() - self._began
@@ -131,6 +133,10 @@ def spark(values: list[float]) -> str:
 def share(value: float | None) -> str:
     """A share as a percentage; a dash where there is none."""
     return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def _ledger(hub: HubLine) -> str:
+    return f"{hub.ledger.trained} trained, {hub.ledger.filtered} filtered, {hub.ledger.pending} pending"
 
 
 def _round_in_words(one: EvaluationLine) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict
+
+from protocols.messages import Wait
 
 
 class Line(BaseModel):
@@ -23,17 +25,28 @@ class TrainerLine(Line):
     publish_s: float
 
 
+class LedgerLine(Line):
+    """What became of the trees so far."""
+
+    pending: int
+    trained: int
+    filtered: int
+    evaluation: int
+
+
 class HubLine(Line):
     """The hub's state every few seconds."""
 
-    actors: int
-    leased_episodes: int
-    pending_trees: int
-    trained_trees: int
-    filtered_trees: int
+    live_actors: int
+    ledger: LedgerLine
+    in_flight: int
+    """Episodes leased and not yet back."""
+    evaluation: str | None
+    """The round of held-out questions going on."""
+    evaluation_left: int
     episodes_per_s: float
     sampled_tokens_per_s: float
-    waits: tuple[dict[str, JsonValue], ...] = ()
+    waits: tuple[Wait, ...]
 
 
 class EvaluationLine(Line):
@@ -46,3 +59,50 @@ class EvaluationLine(Line):
     format: float | None
     reading: float | None
     accuracy_by_hops: dict[str, float]
+
+
+class Change(Line):
+    """A figure before and after training."""
+
+    before: float | None
+    after: float | None
+
+
+class SummaryFile(Line):
+    """RUN/summary.json."""
+
+    steps: int
+    duration_s: float
+    accuracy: Change
+    accuracy_by_hops: dict[str, Change]
+    format: Change
+    reading: Change
+    all_fail_fraction: float | None
+    all_pass_fraction: float | None
+    episodes: int
+    episodes_per_s: float
+    sampled_tokens_per_s: float
+    staleness_mean: float | None
+    staleness_max: int | None
+    ledger: LedgerLine
+    ledger_adds_up: bool
+
+
+class TracedTurn(Line):
+    kind: str
+    text: str | None
+
+
+class TracedTrajectory(Line):
+    role: str
+    parent: tuple[int, int] | None
+    turns: tuple[TracedTurn, ...]
+
+
+class TraceFile(Line):
+    """RUN/traces/before.json and after.json."""
+
+    question: str
+    answers: tuple[str, ...]
+    rewards: dict[str, float | None]
+    trajectories: tuple[TracedTrajectory, ...]
