@@ -1,4 +1,4 @@
-"""Keeps the hub and the trainer alive: restarts with backoff, an orderly end on a signal, an exit code that says why."""
+"""Keeps hub and trainer alive: restarts with backoff, an orderly end on a signal, an exit code that says why."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import anyio
 import structlog
 from anyio.abc import Process
 
+from learner.first_error import first_error
 from matpo.errors import UserError
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -23,8 +24,9 @@ HEALTHY_S: Final = 60.0
 """A child that lived so long starts its backoff afresh."""
 MOST_FAILURES: Final = 10
 """In a row; then the learner gives up: it is not an accident."""
-LEAVE_LIMIT_S: Final = 15.0
-"""Seconds for a child to end after SIGTERM; then it is killed."""
+TRAINER_LEAVE_LIMIT_S: Final = 60.0
+"""Seconds for the trainer to finish its step and save after SIGTERM; then it is killed."""
+HUB_LEAVE_LIMIT_S: Final = 15.0
 USER_ERROR: Final = 2
 INTERRUPTED: Final = 130
 
@@ -50,7 +52,8 @@ class Supervisor:
     """Folder for what the children print, as NAME.out."""
     environment: dict[str, str]
     pauses_s: tuple[float, ...] = PAUSES_S
-    leave_limit_s: float = LEAVE_LIMIT_S
+    trainer_leave_limit_s: float = TRAINER_LEAVE_LIMIT_S
+    hub_leave_limit_s: float = HUB_LEAVE_LIMIT_S
     _stopping: anyio.Event = field(default_factory=anyio.Event)
 
     async def run(self) -> int:
@@ -62,15 +65,16 @@ class Supervisor:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._heed_signals, name="signals")
+                tasks.start_soon(self._drain, name="drain")
                 tasks.start_soon(self._keep_trainer, name="trainer")
                 complete = await self._keep(self.hub)
-                await self._end(self.trainer)
+                await self._end(self.trainer, self.trainer_leave_limit_s)
                 tasks.cancel_scope.cancel()
-        except* UserError as group:
-            error: BaseException = group
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            raise error from None
+        except BaseExceptionGroup as group:
+            found = first_error(group, UserError)
+            if found is None:
+                raise
+            raise found from group
         finally:
             self._kill()
         return 0 if complete else INTERRUPTED
@@ -116,33 +120,39 @@ class Supervisor:
         log.info("ended", child=child.name, code=code)
         return code
 
-    async def _end(self, child: Child) -> None:
-        """Let a child finish by itself within the limit (a last checkpoint), or tell it to."""
-        for number in (None, signal.SIGTERM):
+    async def _end(self, child: Child, limit_s: float) -> None:
+        """Let a child finish by itself within the limit (a last checkpoint), then tell it to; then it is killed."""
+        for number in (None, signal.SIGTERM, signal.SIGKILL):
             process = child.process
             if process is None:
                 return
             if number is not None:
                 _send(process, number)
-            with anyio.move_on_after(self.leave_limit_s):
+            with anyio.move_on_after(limit_s):
                 await process.wait()
                 return
 
     async def _heed_signals(self) -> None:
-        """The first signal is passed on to both, and who does not end in time is killed; a second kills at once."""
+        """The first signal begins an orderly end, a second one kills both at once."""
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
+                log.info("stopping", signal=number.name)
                 if self._stopping.is_set():
                     self._kill()
-                    continue
-                log.info("stopping", signal=number.name)
                 self._stopping.set()
-                for process in self._alive():
-                    _send(process, signal.SIGTERM)
-                with anyio.CancelScope(deadline=anyio.current_time() + self.leave_limit_s):
-                    for process in self._alive():
-                        await process.wait()
-                self._kill()
+
+    async def _drain(self) -> None:
+        """The trainer first: it needs the hub to record the step it is in before it saves."""
+        await self._stopping.wait()
+        for child, limit_s in ((self.trainer, self.trainer_leave_limit_s), (self.hub, self.hub_leave_limit_s)):
+            process = child.process
+            if process is None:
+                continue
+            _send(process, signal.SIGTERM)
+            with anyio.move_on_after(limit_s):
+                await process.wait()
+                continue
+            _send(process, signal.SIGKILL)
 
     def last_words(self, child: Child) -> str:
         """The last line a child printed."""

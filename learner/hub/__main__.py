@@ -15,6 +15,7 @@ from pathlib import Path
 import anyio
 import structlog
 
+from learner.first_error import first_error
 from learner.hub.core import Hub, Side
 from learner.hub.journal import Journal, JournalUnreadable
 from learner.hub.service import Service
@@ -33,6 +34,7 @@ from protocols.keys import BadKeys, HubKeys
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 INTERRUPTED = 130
+FIXABLE = (ChannelError, BadKeys, JournalUnreadable, UserError)
 LONGEST_IPC_BYTES = 90
 """Unix socket paths end at about 107 bytes."""
 
@@ -45,8 +47,13 @@ def main() -> int:
     configure_logs(folder.log("hub"), "hub")
     try:
         return anyio.run(serve, config, folder, backend_options={"use_uvloop": True})
-    except* (ChannelError, BadKeys, JournalUnreadable) as errors:
-        raise UserError(str(_first(errors))) from errors
+    except FIXABLE as error:
+        raise UserError(str(error)) from error
+    except BaseExceptionGroup as group:
+        found = first_error(group, *FIXABLE)
+        if found is None:
+            raise
+        raise UserError(str(found)) from group
 
 
 async def serve(config: Config, folder: RunFolder) -> int:
@@ -108,13 +115,6 @@ def write_address(folder: RunFolder, endpoint: str, trainer_endpoint: str) -> No
     draft = folder.hub.with_suffix(".tmp")
     draft.write_text(address.model_dump_json(), encoding="utf-8")
     draft.replace(folder.hub)
-
-
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 if __name__ == "__main__":
