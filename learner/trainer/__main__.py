@@ -56,7 +56,7 @@ def train(folder: RunFolder, config: Config, metrics: MetricsFile, stopping: thr
     state = checkpoints.restore(policy, optimizer)
     step = 0 if state is None else state.step
     publisher = Publisher(folder.weights, dtype=learner.publish_dtype, keyframe_every=config.hub.keyframe_every_steps)
-    with Hub.connect(folder, stopping) as hub:
+    with Hub(folder, stopping) as hub:
         lineage = hub.hello(step=step, config_digest=config.shared_digest)
         hub.publish(publisher.publish(policy.parameters, version=version_of(lineage=lineage, step=step)))
         log.info("trainer ready", step=step, lineage=lineage, resumed=state is not None)

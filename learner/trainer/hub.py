@@ -12,7 +12,7 @@ import structlog
 from learner.trainer.intake import StepInput
 from matpo.errors import UserError
 from matpo.folder import HubAddress, RunFolder
-from protocols.channel import TrainerLink
+from protocols.channel import HubSilent, TrainerLink
 from protocols.messages import (
     PROTOCOL,
     Batch,
@@ -29,6 +29,8 @@ from protocols.messages import (
 
 ANSWER_DEADLINE_S: Final = 300.0
 """Longest the hub may be away before the trainer gives up (its supervisor starts it again)."""
+PATIENCE_S: Final = 15.0
+"""After so long without an answer, look whether the hub now listens elsewhere."""
 HUB_START_S: Final = 60.0
 PAUSE_S: Final = 0.2
 """Shortest time between two requests for a batch, should the hub answer `NotYet` at once."""
@@ -43,17 +45,14 @@ class Refused(Exception):
 class Hub:
     """The hub as the trainer sees it."""
 
-    def __init__(self, link: TrainerLink, stopping: threading.Event) -> None:
-        self._link = link
-        self._stopping = stopping
-
-    @classmethod
-    def connect(cls, folder: RunFolder, stopping: threading.Event) -> Self:
+    def __init__(self, folder: RunFolder, stopping: threading.Event) -> None:
         """Find the hub of a run. Raises `UserError` if none listens within a minute."""
-        return cls(TrainerLink(_address(folder, stopping).trainer_endpoint), stopping)
+        self._folder = folder
+        self._stopping = stopping
+        self._endpoint = _address(folder, stopping).trainer_endpoint
+        self._link = TrainerLink(self._endpoint)
 
     def __enter__(self) -> Self:
-        self._link.__enter__()
         return self
 
     def __exit__(
@@ -100,10 +99,27 @@ class Hub:
     def _ask(
         self, message: TrainerHello | BatchRequest | StepDone | Publish, waiting_for: str
     ) -> tuple[HubMessage, tuple[memoryview, ...]]:
-        answer, frames = self._link.request(message, deadline_s=ANSWER_DEADLINE_S, waiting_for=waiting_for)
-        if isinstance(answer, Refuse):
-            raise Refused(f"the hub refused {message.kind} ({answer.reason}): {answer.detail}")
-        return answer, frames
+        deadline = time.monotonic() + ANSWER_DEADLINE_S
+        while True:
+            try:
+                answer, frames = self._link.request(message, deadline_s=PATIENCE_S, waiting_for=waiting_for)
+            except HubSilent as error:
+                log.warning("hub silent", waiting_for=waiting_for, reason=str(error))
+                if time.monotonic() > deadline:
+                    raise
+                self._follow()
+                continue
+            if isinstance(answer, Refuse):
+                raise Refused(f"the hub refused {message.kind} ({answer.reason}): {answer.detail}")
+            return answer, frames
+
+    def _follow(self) -> None:
+        """A restarted hub may listen elsewhere (where the run's path is too long for a socket it takes a new one)."""
+        address = self._folder.hub_address()
+        if address is not None and address.trainer_endpoint != self._endpoint:
+            self._link.__exit__(None, None, None)
+            self._endpoint = address.trainer_endpoint
+            self._link = TrainerLink(self._endpoint)
 
 
 def _address(folder: RunFolder, stopping: threading.Event) -> HubAddress:
