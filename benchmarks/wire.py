@@ -150,8 +150,8 @@ def one_step(base: Weights, density: float) -> Weights:
 def measure_delta(folder: Path, rounds: int) -> list[Row]:
     """Rates in dense bytes, at the two densities measured for RL steps of learning rate 1e-6 and 1e-5."""
     random = np.random.default_rng(0)
-    base = {f"layer.{i}": to_bfloat16(random.normal(0, 0.02, 2**21).astype(np.float32)) for i in range(8)}
-    elements = 8 * 2**21
+    base = {f"layer.{i}": to_bfloat16(random.normal(0, 0.02, 2**21).astype(np.float32)) for i in range(16)}
+    elements = 16 * 2**21
     rows: list[Row] = []
     for label, density in (("lr_1e-6", 0.0035), ("lr_1e-5", 0.0137)):
         target, path = one_step(base, density), folder / label

@@ -165,10 +165,11 @@ def _shapes(weights: Weights) -> set[tuple[str, WeightDtype, tuple[int, ...]]]:
 def _encode(base: Tensor, target: Tensor) -> _Streams:
     changed, old, new = _changes(_bits(base), _bits(target))
     width = 8 * old.itemsize
-    skips, rest = np.divmod(np.diff(changed, prepend=-1) - 1, _SKIP)
+    distance = np.diff(changed, prepend=-1) - 1
+    skips = distance // _SKIP
     ends = np.cumsum(skips + 1) - 1
     gaps = np.full(int(ends[-1]) + 1 if len(ends) else 0, _SKIP, dtype=np.uint8)
-    gaps[ends] = rest
+    gaps[ends] = distance - _SKIP * skips
     code = _zigzag(_ordered(new, width) - _ordered(old, width), width) - 1
     values = np.minimum(code, _WIDE16).astype(np.uint8)
     values[code > 0xFFFF] = _WIDE32
@@ -211,8 +212,7 @@ def _changes(old: Bits, new: Bits) -> tuple[NDArray[np.int64], Bits, Bits]:
     after = np.concatenate([new_words[words].view(new.dtype), new[whole:]])
     first = np.append(words * lanes, whole)
     found = np.flatnonzero(before != after)
-    word, lane = np.divmod(found, lanes)
-    positions: NDArray[np.int64] = first[word] + lane
+    positions: NDArray[np.int64] = first[found // lanes] + (found & (lanes - 1))
     return positions, before[found], after[found]
 
 
