@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from learner.trainer.attention import ATTENTION, AttentionPlan, plan_attention, register
 from learner.trainer.head import Head
@@ -36,6 +37,7 @@ class Policy:
     def load(cls, folder: Path, learner: Learner) -> Policy:
         """Read a Hugging Face folder. Raises `UserError` for one that cannot be read or cannot run over a trie."""
         register()
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it bare
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         except (OSError, ValueError) as error:

@@ -94,7 +94,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="train another way")
     parser.add_argument("--objective", metavar="NAME", help="short for learner.objective.name=NAME, with its defaults")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     overrides = list(options.overrides)
     if options.objective is not None:
         overrides.insert(0, f'learner.objective={{name = "{options.objective}"}}')
