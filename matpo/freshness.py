@@ -7,14 +7,15 @@ import math
 from protocols.records import Record, step_of
 
 
-def admissible(*, step: int, steps: int, eta: int, trees_per_step: int, in_flight: int) -> int:
-    """Episodes that may start now so that `in_flight` stays within what the next `eta + 1` steps will train.
+def admissible(*, version: int, step: int, steps: int, eta: int, trees_per_step: int, in_flight: int) -> int:
+    """Episodes that may start now, sampled by weights of `version` steps, so that none is trained more than `eta` later.
 
     `in_flight` counts episodes admitted and not yet trained, filtered or given up: waiting for an actor, being played,
     or pending in the journal. It is the design's `admitted - returned < (version + eta + 1) * trees_per_step` with the
-    `step * trees_per_step` trees already trained taken off both sides. Never more than the run of `steps` steps needs.
+    `step * trees_per_step` trees already trained taken off both sides; `version` is behind `step` until the weights of
+    `step` are published. Never more than the run of `steps` steps needs.
     """
-    ahead = min(eta + 1, steps - step)
+    ahead = min(version + eta + 1, steps) - step
     return max(0, ahead * trees_per_step - in_flight)
 
 

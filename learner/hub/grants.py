@@ -38,8 +38,10 @@ class Granter:
 
     def admissible(self) -> int:
         """Training episodes that may be admitted now."""
+        latest, step = self._weights.latest, self._batches.step
         return admissible(
-            step=self._batches.step,
+            version=min(step, step_of(latest.version)) if latest is not None else 0,
+            step=step,
             steps=self._config.run.steps,
             eta=self._config.freshness.eta,
             trees_per_step=self._config.learner.trees_per_step,
@@ -82,7 +84,9 @@ class Granter:
 
     def _lease(self, grant: Grant, version: int) -> Lease:
         step = step_of(version)
-        oldest = step - self._config.freshness.eta if grant.purpose == "train" else min(grant.round_step, step)
+        # One step of grace, so that actors need not stand still while they pull new weights.
+        grace = min(1, self._config.freshness.eta)
+        oldest = step - grace if grant.purpose == "train" else min(grant.round_step, step)
         return Lease(
             lease_id=grant.lease_id,
             group_id=grant.group_id,

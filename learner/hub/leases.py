@@ -334,3 +334,4 @@ class Leases:
         sizes = orjson.dumps([memoryview(frame).nbytes for frame in frames]).decode()
         self._journal.insert("INSERT INTO frames VALUES (?, ?, ?)", (seq, sizes, b"".join(frames)))
         self._journal.count_up("trees")
+        self._journal.count_up("sampled_tokens", header.sampled_count)

@@ -33,25 +33,18 @@ class Roster:
     def __init__(self, *, silence_limit_s: float) -> None:
         self._actors: dict[bytes, KnownActor] = {}
         self._silence_limit_s = silence_limit_s
-        self.sampled_tokens = 0
-        """Sampled by all actors since this hub started, as far as heartbeats told."""
 
     def hello(self, peer: bytes, hello: Hello, leases: set[str], now_s: float) -> None:
         """An actor introduced itself; the journal says it holds `leases`."""
         former = self.named(hello.actor_id)
         if former is not None:
             del self._actors[former.peer]
-        sampled = 0 if former is None else former.sampled_tokens
-        self._actors[peer] = KnownActor(
-            peer, hello.actor_id, hello.capacity, now_s, unconfirmed=leases, sampled_tokens=sampled
-        )
+        self._actors[peer] = KnownActor(peer, hello.actor_id, hello.capacity, now_s, unconfirmed=leases)
 
     def heartbeat(self, actor: KnownActor, message: Heartbeat) -> set[str]:
         """Note what an actor says of itself; returns the leases it turns out to have lost."""
         lost = actor.unconfirmed - set(message.leases)
         actor.unconfirmed = set()
-        restarted = message.sampled_tokens < actor.sampled_tokens
-        self.sampled_tokens += message.sampled_tokens - (0 if restarted else actor.sampled_tokens)
         actor.sampled_tokens = message.sampled_tokens
         actor.version = message.version
         actor.live_episodes = message.live_episodes

@@ -61,8 +61,8 @@ class Service:
         self._waits = WaitBook()
         now_s = time.monotonic()
         refused: tuple[dict[str, int], ...] = tuple(socket.refused for socket in sockets.values())
-        trees = journal.counter("trees")
-        self._status = StatusReporter(hub, journal, steps, self._waits, refused, now_s, trees, 0)
+        counted = journal.counter("trees"), journal.counter("sampled_tokens")
+        self._status = StatusReporter(hub, journal, steps, self._waits, refused, now_s, *counted)
         self._next_status_s = now_s
         self._undelivered: list[Outgoing] = []
 

@@ -74,7 +74,7 @@ class StatusReporter:
         hub, journal = self.hub, self.journal
         ledger = read_ledger(journal)
         elapsed_s = max(now_s - self.last_s, 1e-6)
-        tokens = hub.roster.sampled_tokens
+        tokens = journal.counter("sampled_tokens")
         episodes_per_s = (ledger.trees - self.last_trees) / elapsed_s
         tokens_per_s = (tokens - self.last_tokens) / elapsed_s
         self.last_s, self.last_trees, self.last_tokens = now_s, ledger.trees, tokens

@@ -30,6 +30,17 @@ DEMO_WORLDS = 2_000
 MAX_RECALL_STEPS = 2_000
 
 
+def reader(tokenizer: PreTrainedTokenizerFast, seed: int, kept: Path | None) -> Qwen3ForCausalLM:
+    """A model that can read: from the folder ``kept`` where that exists, else taught, and kept there."""
+    if kept is not None and kept.exists():
+        return Qwen3ForCausalLM.from_pretrained(str(kept))
+    model = make_model(tokenizer, seed=seed)
+    teach_reading(model, tokenizer, random.Random(f"matpo-reading-{seed}"))
+    if kept is not None:
+        model.save_pretrained(str(kept))
+    return model
+
+
 def teach_reading(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> None:
     """Climbs the curriculum; raises RuntimeError when it is not through after `MAX_RECALL_STEPS`."""
     fitter = Fitter(model, int(tokenizer.pad_token_id), rate=PEAK_RATE)
@@ -49,10 +60,9 @@ def teach_reading(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, r
     raise RuntimeError(f"reading stayed at level {level} after {MAX_RECALL_STEPS} steps; try another --seed")
 
 
-def teach_dialogue(
-    model: Qwen3ForCausalLM, demonstrator: Demonstrator, rng: random.Random, *, steps: int, replay: bool = True
-) -> None:
+def teach_dialogue(model: Qwen3ForCausalLM, demonstrator: Demonstrator, *, steps: int, seed: int) -> None:
     """Imitation of the demonstrations, with recall beside it so that reading stays."""
+    rng = random.Random(f"matpo-dialogue-{seed}")
     tokenizer = demonstrator.tokenizer
     fitter = Fitter(model, int(tokenizer.pad_token_id), rate=PEAK_RATE)
     began = time.monotonic()
@@ -62,8 +72,7 @@ def teach_dialogue(
         while len(batch) < DEMO_BATCH:
             asked = rng.choice(questions(rng.randrange(DEMO_WORLDS), figures.QUESTIONS_PER_WORLD))
             batch += demonstrator.show(asked, rng)
-        if replay:
-            batch += [recall_example(tokenizer, LEVELS[-1], rng) for _ in range(REPLAY_BATCH)]
+        batch += [recall_example(tokenizer, LEVELS[-1], rng) for _ in range(REPLAY_BATCH)]
         report = fitter.step(batch)
         if step % 20 == 0:
             seconds = time.monotonic() - began
@@ -75,15 +84,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m learner.warmstart", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reading", type=Path, help="folder that keeps the model between the two stages")
     parser.add_argument("--dialogue-steps", type=int, default=450)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rng = random.Random(f"matpo-warmstart-{arguments.seed}")
     tokenizer = vocabulary.save_tokenizer(arguments.out)
-    model = make_model(tokenizer, seed=arguments.seed)
     noise = SearchNoise()
-    teach_reading(model, tokenizer, rng)
-    teach_dialogue(model, Demonstrator(tokenizer, Habits(), noise), rng, steps=arguments.dialogue_steps)
+    model = reader(tokenizer, arguments.seed, arguments.reading)
+    demonstrator = Demonstrator(tokenizer, Habits(), noise)
+    teach_dialogue(model, demonstrator, steps=arguments.dialogue_steps, seed=arguments.seed)
     model.save_pretrained(str(arguments.out))
     report = figures.measure(Player(tokenizer, noise), model)
     text = json.dumps(report, indent=2)

@@ -36,12 +36,12 @@ class Habits:
     """Probabilities of the demonstrators' choices."""
 
     stop_after_one_of_two: float = 0.60
-    stop_after_one_of_three: float = 0.35
-    stop_after_two_of_three: float = 0.55
+    stop_after_one_of_three: float = 0.25
+    stop_after_two_of_three: float = 0.45
     vague_subtask: float = 0.20
     ask_twice: float = 0.06
     go_on_after_wrong_report: float = 0.3
-    partial_query: float = 0.15
+    partial_query: float = 0.12
     search_twice: float = 0.08
 
 

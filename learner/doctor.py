@@ -1,0 +1,180 @@
+"""`matpo doctor RUN`: the ledger and whether it adds up, who waits on whom since when, and the staleness forecast.
+
+Reads a live run or a dead run's folder and changes nothing. Exit codes: 0 in order, 1 the ledger does not add up,
+2 something to fix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import JsonValue, TypeAdapter
+from rich.console import Console
+from rich.table import Table
+
+from learner.hub.journal import Journal, JournalUnreadable
+from learner.hub.ledger import Check, Ledger, checks, read_ledger
+from matpo.config import Config
+from matpo.errors import UserError, run_command
+from matpo.folder import RunFolder
+from matpo.freshness import Forecast, forecast
+from matpo.load import load_config
+from matpo.metrics import read_metrics
+from protocols.messages import Wait
+from protocols.records import Record
+
+WAITS: TypeAdapter[tuple[Wait, ...]] = TypeAdapter(tuple[Wait, ...])
+
+
+class Report(Record):
+    """Everything the doctor found; `--json` prints it."""
+
+    run: str
+    state: str
+    """live, complete or dead."""
+    hub_pid: int | None
+    step: int
+    steps: int
+    status_age_s: float | None
+    """Seconds since the hub last wrote its status."""
+    ledger: Ledger
+    checks: tuple[Check, ...]
+    adds_up: bool
+    waits: tuple[Wait, ...]
+    """As of the hub's last status; a live run's are brought up to now."""
+    stalls: int
+    """Waits beyond their limit."""
+    staleness_mean: float | None
+    staleness_max: int | None
+    refused: dict[str, int]
+    forecast: Forecast
+
+
+def examine(folder: RunFolder, *, now: float) -> Report:
+    """Read a run's folder at Unix time `now`. Raises `UserError` where there is nothing to read."""
+    config = load_config(folder.config)
+    try:
+        with Journal.open_read_only(folder.journal) as journal, journal.snapshot():
+            ledger, sums = read_ledger(journal), tuple(checks(journal))
+            step = journal.number("SELECT MAX(step) FROM steps WHERE undone = 0")
+            ages = journal.row("SELECT AVG(staleness), MAX(staleness) FROM trees WHERE staleness IS NOT NULL")
+    except JournalUnreadable as error:
+        raise UserError(str(error)) from error
+    address = folder.hub_address()
+    state = "live" if address is not None else "complete" if folder.summary.is_file() else "dead"
+    status = last_status(folder)
+    age_s = None if status is None else max(0.0, now - _number(status["time"]))
+    waits = _waits(status, extra_s=age_s or 0.0) if status is not None and state == "live" else ()
+    if state == "live" and age_s is not None and age_s > 5 * config.hub.heartbeat_s:
+        remedy = f"process {address.pid if address else '?'} is frozen or overloaded; see logs/hub.jsonl or restart it"
+        silent = Wait(who="everybody", what="the hub", since_s=age_s, limit_s=5 * config.hub.heartbeat_s, remedy=remedy)
+        waits = (silent, *waits)
+    mean, worst = ages if ages is not None else (None, None)
+    refused = status["refused"] if status is not None else {}
+    return Report(
+        run=folder.path.name,
+        state=state,
+        hub_pid=None if address is None else address.pid,
+        step=step,
+        steps=config.run.steps,
+        status_age_s=None if age_s is None else round(age_s, 1),
+        ledger=ledger,
+        checks=sums,
+        adds_up=all(check.holds for check in sums),
+        waits=waits,
+        stalls=sum(wait.since_s > wait.limit_s for wait in waits),
+        staleness_mean=float(mean) if isinstance(mean, int | float) else None,
+        staleness_max=worst if isinstance(worst, int) else None,
+        refused={name: int(_number(count)) for name, count in refused.items()} if isinstance(refused, dict) else {},
+        forecast=expected(config),
+    )
+
+
+def expected(config: Config) -> Forecast:
+    """The forecast for a configuration when all its actors are full."""
+    return forecast(
+        in_flight=config.actor.count * config.actor.concurrency,
+        trees_per_step=config.learner.trees_per_step,
+        eta=config.freshness.eta,
+    )
+
+
+def last_status(folder: RunFolder) -> dict[str, JsonValue] | None:
+    """The hub's last line in metrics.jsonl."""
+    found = None
+    for _, line in read_metrics(folder.metrics):
+        if line["stage"] == "hub":
+            found = line
+    return found
+
+
+def show(report: Report, console: Console) -> None:
+    """Print a report for people."""
+    where = f"hub process {report.hub_pid}" if report.hub_pid is not None else "no hub process"
+    console.print(f"run [bold]{report.run}[/bold]: {report.state}, step {report.step} of {report.steps}, {where}")
+    ledger = report.ledger
+    by_reason = ", ".join(f"{count} {reason}" for reason, count in ledger.filtered_by.items())
+    table = Table("ledger", "trees", title=None)
+    table.add_row("acknowledged", str(ledger.trees))
+    table.add_row("  pending", str(ledger.pending))
+    table.add_row("  trained", str(ledger.trained))
+    table.add_row("  filtered", f"{ledger.filtered}" + (f" ({by_reason})" if by_reason else ""))
+    table.add_row("  evaluation", str(ledger.evaluation))
+    console.print(table)
+    console.print(
+        f"tasks: {ledger.tasks} started = {ledger.tasks_open} open + {ledger.tasks_complete} complete"
+        f" + {ledger.tasks_trained} trained + {ledger.tasks_filtered} filtered; episodes: {ledger.episodes_leased}"
+        f" leased ({ledger.leases_live} leases), {ledger.episodes_waiting} waiting, {ledger.episodes_abandoned} given up"
+    )
+    for check in report.checks:
+        if not check.holds:
+            console.print(f"[bold red]DOES NOT ADD UP[/bold red]  {check.name}: {check.left} is not {check.right}")
+    if report.adds_up:
+        console.print(f"[green]the ledger adds up[/green] ({len(report.checks)} sums)")
+    for wait in report.waits:
+        mark = "[bold red]STALL[/bold red] " if wait.since_s > wait.limit_s else ""
+        console.print(f"{mark}{wait.who} waits for {wait.what} since {wait.since_s:.0f} s: {wait.remedy}")
+    if not report.waits and report.state == "live":
+        console.print("nobody waits")
+    if report.refused:
+        console.print("refused messages: " + ", ".join(f"{count} {name}" for name, count in report.refused.items()))
+    if report.staleness_mean is not None:
+        console.print(f"staleness: {report.staleness_mean:.2f} steps on average, {report.staleness_max} at most")
+    console.print(f"forecast: {report.forecast.advice}")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Entry point of `python -m learner.doctor`."""
+    parser = argparse.ArgumentParser(prog="matpo doctor", description="What a run does, waits for, and has counted.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    report = examine(RunFolder.existing(options.run), now=time.time())
+    if options.json:
+        print(json.dumps(report.model_dump(mode="json")))
+    else:
+        show(report, Console(highlight=False, soft_wrap=True))
+    if not report.adds_up:
+        sys.stderr.write(f"error: the ledger of run {str(options.run)!r} does not add up; please report this\n")
+        return 1
+    return 0
+
+
+def _waits(status: dict[str, JsonValue], *, extra_s: float) -> tuple[Wait, ...]:
+    """The waits of a status line, grown by the time since it was written."""
+    waits = WAITS.validate_python(status["waits"])
+    return tuple(wait.model_copy(update={"since_s": round(wait.since_s + extra_s, 1)}) for wait in waits)
+
+
+def _number(value: JsonValue) -> float:
+    assert isinstance(value, int | float), f"metrics.jsonl holds {value!r} where a number belongs"
+    return float(value)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: run(sys.argv[1:])))
