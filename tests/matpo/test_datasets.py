@@ -91,3 +91,10 @@ def test_settings_the_world_cannot_meet_are_refused() -> None:
         load_tasks(WorldData(hops=(9,)), seed=0)
     with pytest.raises(UserError, match=r"raise data\.worlds"):
         load_tasks(WorldData(worlds=1, questions=5_000), seed=0)
+
+
+def test_the_shipped_question_files_can_be_read() -> None:
+    folder = Path(__file__).resolve().parents[2] / "configs" / "data"
+    train, held_out = (read_jsonl(folder / f"smollm2_{part}.jsonl") for part in ("train", "evaluation"))
+    assert len(train) == 22 and len(held_out) == 8
+    assert not {task.task_id for task in train} & {task.task_id for task in held_out}
