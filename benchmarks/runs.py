@@ -19,7 +19,7 @@ def run_matpo(config: Path, overrides: Sequence[str], parent: Path, *, limit_s: 
     """Run `matpo run` to its end below `parent` and return the run's folder; raises with its output if it fails."""
     parent.mkdir(parents=True, exist_ok=True)
     before = set(parent.iterdir())
-    command = [sys.executable, "-m", "matpo.cli.main", "run", str(config), *overrides, f"run.dir={parent}"]
+    command = [sys.executable, "-m", "matpo", "run", str(config), *overrides, f"run.dir={parent}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")

@@ -90,7 +90,7 @@ class Display:
         if self._hub.evaluation in ("before", "after"):
             when = self._hub.evaluation
             return f"playing the held-out questions {when} training, {self._hub.evaluation_left} left"
-        return "training" if self._hub.live_actors else "waiting for actors"
+        return "training" if self._hub.actors else "waiting for actors"
 
     def _print_rounds(self, rounds: list[EvaluationLine]) -> None:
         for one in rounds:
@@ -111,7 +111,7 @@ class Display:
             rows.add_row("step time", f"wait {t.wait_s:.2f} s, train {t.step_s:.2f} s, publish {t.publish_s:.2f} s")
         if self._hub is not None:
             h = self._hub
-            rows.add_row("playing", f"{h.live_actors} actors, {h.in_flight} episodes")
+            rows.add_row("playing", f"{h.actors} actors, {h.in_flight} episodes")
             rows.add_row("rate", f"{h.episodes_per_s:.1f} episodes/s, {h.sampled_tokens_per_s:.0f} sampled tokens/s")
             rows.add_row("ledger", _ledger(h))
             for wait in h.waits:

@@ -37,7 +37,7 @@ class LedgerLine(Line):
 class HubLine(Line):
     """The hub's state every few seconds."""
 
-    live_actors: int
+    actors: int
     ledger: LedgerLine
     in_flight: int
     """Episodes leased and not yet back."""

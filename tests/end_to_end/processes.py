@@ -44,7 +44,7 @@ def environment() -> dict[str, str]:
 def matpo(*arguments: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
     """Run one `matpo` command to its end, from the project's root."""
     return subprocess.run(
-        [sys.executable, "-m", "matpo.cli.main", *arguments],
+        [sys.executable, "-m", "matpo", *arguments],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -77,7 +77,7 @@ class Command:
 def started(*arguments: str) -> Iterator[Command]:
     """A command running in the background; whatever it leaves behind is ended by its own id."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "matpo.cli.main", *arguments],
+        [sys.executable, "-m", "matpo", *arguments],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
