@@ -179,6 +179,10 @@ class Bench:
         frames = tuple(memoryview(frame) for frame in encode_tree(tree))
         return "actors", Received(actor.encode(), TreeUpload(tree_id=tree.tree_id), frames)
 
+    def batch_request(self, step: int) -> tuple[Side, Received]:
+        """A trainer's request, not handed in yet."""
+        return "trainer", Received(b"trainer", BatchRequest(step=step), ())
+
     def lease_request(self, episodes: int, actor: str = "actor-0") -> tuple[Side, Received]:
         """A request for work, not handed in yet."""
         return "actors", Received(actor.encode(), LeaseRequest(episodes=episodes), ())
@@ -195,9 +199,11 @@ class Bench:
         self.hello(actor)
         return lineage
 
+    def trainer_hello_message(self, step: int = 0) -> TrainerHello:
+        return TrainerHello(protocol=PROTOCOL, step=step, config_digest=self.config.shared_digest)
+
     def trainer_hello(self, step: int = 0) -> int:
-        message = TrainerHello(protocol=PROTOCOL, step=step, config_digest=self.config.shared_digest)
-        (answer,) = self.send("trainer", "trainer", message)
+        (answer,) = self.send("trainer", "trainer", self.trainer_hello_message(step))
         assert isinstance(answer, TrainerWelcome), answer
         return answer.lineage
 
