@@ -122,7 +122,7 @@ class ToolServer:
                 try:
                     result = await session.call_tool(tool, dict(arguments), allow_input_required=True)
                 except MCPError as error:
-                    raise self._meaning(error) from error
+                    raise self._meaning(error, session) from error
                 except ValidationError as error:
                     raise ToolFailed(f"server {self.name!r} sent an invalid result ({error.title})") from error
                 if not isinstance(result, types.CallToolResult):
@@ -139,16 +139,18 @@ class ToolServer:
             await self._changed.wait()
         return self._session
 
-    def _meaning(self, error: MCPError) -> ToolFailed | ToolRefused:
+    def _meaning(self, error: MCPError, session: ClientSession) -> ToolFailed | ToolRefused:
         if error.code == types.INVALID_PARAMS:
             return ToolRefused(error.message)
         if error.code == types.CONNECTION_CLOSED:
+            if session is self._session:
+                self._lose()
             return ToolFailed(f"server {self.name!r} ended during the call")
         if error.code in (TRANSPORT_FAILED, TOO_LARGE):
             return ToolFailed(f"server {self.name!r}: {error.message}")
         if self._entry.url is not None and "session" in error.message.lower():
             # A restarted server knows no session of before: a new connection is the only way on.
-            self._lost.set()
+            self._lose()
         return ToolFailed(f"server {self.name!r} answered with error {error.code}: {error.message}")
 
     def _note_silence(self, began: float) -> None:
@@ -156,7 +158,12 @@ class ToolServer:
             return
         self._silent_timeouts += 1
         if self._silent_timeouts >= SILENT_TIMEOUTS:
-            self._lost.set()
+            self._lose()
+
+    def _lose(self) -> None:
+        """Give the connection up: no call may start on it any more, and its owner makes a new one."""
+        self._session = None
+        self._lost.set()
 
     async def _connect_once(self) -> str:
         """Hold one connection until it is lost; returns why it ended."""
@@ -216,7 +223,7 @@ class ToolServer:
 
     @asynccontextmanager
     async def _transport(self) -> AsyncIterator[Streams]:
-        self._lost = anyio.Event()
+        lost = self._lost = anyio.Event()
         extras = self._extras
         # JSON escapes may take six bytes a character; past that and some head-room the answer is a flood.
         most = 1_048_576 + 6 * extras.max_result_bytes
@@ -233,7 +240,13 @@ class ToolServer:
             return
         argv = (self._entry.command, *self._entry.args)
         command = Command(argv=argv, env=self._entry.env, cwd=self._entry.cwd, max_line_bytes=most)
-        async with start_process(command, on_end=self._lost.set) as (process, outbox):
+
+        def ended() -> None:
+            # The last words of an earlier process must not end the connection to its successor.
+            if self._lost is lost:
+                self._lose()
+
+        async with start_process(command, on_end=ended) as (process, outbox):
             self._process = process
             yield process.inbox, outbox
             await process.drain_stderr()

@@ -1,0 +1,155 @@
+"""A hand-written MCP server over stdio that misbehaves on demand. Standard library only, so that it starts fast."""
+
+import argparse
+import base64
+import json
+import os
+import sys
+import threading
+import time
+
+SCHEMA = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+TOOLS = ("echo", "crash", "crash_once", "hang", "flood", "flood_id_last", "junk", "bad_utf8", "slow", "picture",
+         "refuse", "tool_error", "lie", "pid", "peak", "environment")  # fmt: skip
+
+lock = threading.Lock()
+live = 0
+peak = 0
+
+
+def send(message):
+    with lock:
+        sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def raw(data):
+    with lock:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+
+def text(value, **more):
+    return {"content": [{"type": "text", "text": value}], **more}
+
+
+def answer(request, options):
+    name, arguments = request["params"]["name"], request["params"].get("arguments", {})
+    result = text(arguments.get("text", ""))
+    if name == "crash":
+        os._exit(7)
+    if name == "crash_once":
+        try:
+            os.close(os.open(options.marker, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            pass
+        else:
+            os._exit(7)
+    elif name == "hang":
+        return
+    elif name == "flood":
+        raw(b'{"jsonrpc": "2.0", "id": %d, "result": {"content": [{"type": "text", "text": "' % request["id"])
+        for _ in range(50):
+            raw(b"x" * 2**20)
+        raw(b'"}]}}\n')
+        return
+    elif name == "flood_id_last":
+        raw(b'{"result": {"content": [{"type": "text", "text": "' + b"x" * 2**23)
+        raw(b'"}]}, "jsonrpc": "2.0", "id": %d}\n' % request["id"])
+        return
+    elif name == "junk":
+        raw(b"Starting up...\n\n{not json}\n[1, 2]\n{}\nnull\n")
+    elif name == "bad_utf8":
+        raw(
+            b'\xff\xfe\x80\n{"jsonrpc": "2.0", "id": %d, "result": {"content": [{"type": "text", "text": "a\xffb"}]}}\n'
+            % request["id"]
+        )
+        return
+    elif name == "slow":
+        time.sleep(float(arguments["text"]))
+    elif name == "picture":
+        result = {
+            "content": [
+                {"type": "text", "text": "Here:"},
+                {"type": "image", "mimeType": "image/png", "data": base64.b64encode(b"12345").decode()},
+                {"type": "resource_link", "name": "log", "uri": "file:///log"},
+                {"type": "resource", "resource": {"uri": "file:///b", "mimeType": "a/b", "blob": "AAAA"}},
+            ]
+        }
+    elif name == "refuse":
+        send({"jsonrpc": "2.0", "id": request["id"], "error": {"code": -32602, "message": "text must rhyme"}})
+        return
+    elif name == "tool_error":
+        result = text("no such page", isError=True)
+    elif name == "lie":
+        result = {"content": [{"type": "text"}]}
+    elif name == "pid":
+        result = text(str(os.getpid()))
+    elif name == "peak":
+        global live, peak
+        with lock:
+            live += 1
+            peak = max(peak, live)
+        time.sleep(0.01)
+        with lock:
+            live -= 1
+        result = text(str(peak))
+    elif name == "environment":
+        result = text(json.dumps(sorted(os.environ)))
+    send({"jsonrpc": "2.0", "id": request["id"], "result": result})
+
+
+def listing(options):
+    tools = [{"name": name, "inputSchema": SCHEMA} for name in TOOLS]
+    if options.bad_schema:
+        tools.insert(0, {"name": "bad", "inputSchema": {}})
+        tools.insert(1, {"inputSchema": SCHEMA})
+        tools.insert(2, {"name": "worse", "inputSchema": {"type": "object", "properties": {"a": {"type": "nonsense"}}}})
+    return {"tools": tools}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--bad-schema", action="store_true")
+    parser.add_argument("--strict", action="store_true", help="exit when the first message is not initialize")
+    parser.add_argument("--slow-start", type=float, default=0.0)
+    parser.add_argument("--die", default="", help="say this on stderr and exit")
+    parser.add_argument("--only-once", default="", help="a file; when it exists the server does not start again")
+    parser.add_argument("--marker", default="")
+    options = parser.parse_args()
+    if options.die:
+        sys.exit(options.die)
+    if options.only_once:
+        try:
+            os.close(os.open(options.only_once, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            sys.exit("not again")
+    raw(b"Welcome to the hostile server!\n")
+    time.sleep(options.slow_start)
+    first = True
+    for line in sys.stdin:
+        request = json.loads(line)
+        method = request.get("method")
+        if first and options.strict and method != "initialize":
+            sys.exit("expected initialize")
+        first = False
+        if "id" not in request:
+            continue
+        if method == "initialize":
+            result = {
+                "protocolVersion": "2025-06-18",
+                "capabilities": {"tools": {}},
+                "serverInfo": {"name": "hostile", "version": "1"},
+            }
+            send({"jsonrpc": "2.0", "id": request["id"], "result": result})
+        elif method == "tools/list":
+            send({"jsonrpc": "2.0", "id": request["id"], "result": listing(options)})
+        elif method == "tools/call":
+            threading.Thread(target=answer, args=(request, options), daemon=True).start()
+        else:
+            error = {"code": -32601, "message": "Method not found"}
+            send({"jsonrpc": "2.0", "id": request["id"], "error": error})
+
+
+if __name__ == "__main__":
+    main()
