@@ -19,25 +19,41 @@ class Slots:
     def __init__(
         self, architecture: Architecture, *, slots: int, context: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        heads, size = architecture.num_key_value_heads, architecture.head_size
         self.context = context
-        self.heads = heads
-        self.values = torch.zeros(
-            (architecture.num_hidden_layers, 2, slots, heads, context, size), device=device, dtype=dtype
+        self.heads = architecture.num_key_value_heads
+        self.layers = architecture.num_hidden_layers
+        shape = (slots, self.layers, 2, self.heads, context, architecture.head_size)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        """[slot, layer, key or value, head, position, head size]"""
+        self._planes = self.values.view(slots, -1, context, architecture.head_size)
+        self._lines = self.values.view(-1, architecture.head_size)
+        # Line of position 0 of [layer, key or value, 1, head] of slot 0.
+        self._first_lines = (
+            (torch.arange(self._planes.shape[1]) * context).view(self.layers, 2, 1, self.heads).to(device)
         )
-        """[layer, key or value, slot, head, position, head size]"""
+
+    def lines(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Where `write` puts N tokens: [layer, key or value, N · heads], for N slots and positions."""
+        base = slots * (self._planes.shape[1] * self.context) + positions
+        return (self._first_lines + base[:, None]).view(self.layers, 2, -1)
+
+    def write(self, lines: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store one layer's keys and values [N, heads, size] at `lines` [key or value, N · heads]."""
+        size = self._lines.shape[1]
+        self._lines.index_copy_(0, lines[0], keys.reshape(-1, size))
+        self._lines.index_copy_(0, lines[1], values.reshape(-1, size))
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot to another."""
-        self.values[:, :, target, :, :length] = self.values[:, :, source, :, :length]
+        self._planes[target, :, :length] = self._planes[source, :, :length]
 
     def take(self, slot: int, length: int) -> torch.Tensor:
         """A copy of the first `length` positions of a slot."""
-        return self.values[:, :, slot, :, :length].clone()
+        return self._planes[slot, :, :length].clone()
 
     def put(self, slot: int, parked: torch.Tensor, length: int) -> None:
         """Fill the first `length` positions of a slot from a parked copy."""
-        self.values[:, :, slot, :, :length] = parked[:, :, :, :length]
+        self._planes[slot, :, :length] = parked[:, :length]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +62,11 @@ class Match:
 
     entry: int
     length: int
+    whole: bool
+    """Whether all of the entry is shared: most likely the prompt is its next turn."""
 
 
-NO_MATCH = Match(-1, 0)
+NO_MATCH = Match(-1, 0, whole=False)
 
 
 def longest_prefix(tokens: NDArray[np.int32], lengths: NDArray[np.int64], prompt: Tokens) -> Match:
@@ -60,10 +78,11 @@ def longest_prefix(tokens: NDArray[np.int32], lengths: NDArray[np.int64], prompt
     if limit <= 0 or not len(lengths):
         return NO_MATCH
     differs = tokens[:, :limit] != prompt[:limit]
-    shared = np.where(differs.any(axis=1), differs.argmax(axis=1), limit)
-    shared = np.minimum(shared, lengths)
+    first = differs.argmax(axis=1)  # 0 also where nothing differs
+    shared = np.minimum(np.where(differs[np.arange(len(first)), first], first, limit), lengths)
     best = int(shared.argmax())
-    return Match(best, int(shared[best])) if shared[best] else NO_MATCH
+    length = int(shared[best])
+    return Match(best, length, whole=length == lengths[best]) if length else NO_MATCH
 
 
 class Parked:
@@ -91,7 +110,7 @@ class Parked:
     def use(self, match: Match) -> torch.Tensor:
         """The keys and values of a match. An entry that was used whole is given up: its successor will be parked."""
         held = self._held[match.entry]
-        if match.length == self._lengths[match.entry]:
+        if match.whole:
             self._drop(match.entry)
         else:
             self._held.move_to_end(match.entry)

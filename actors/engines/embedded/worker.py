@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from actors.engines.embedded.architecture import Architecture
 from actors.engines.embedded.batch import Batch, Request
-from actors.engines.embedded.cache import Match, Parked, Slots, longest_prefix
+from actors.engines.embedded.cache import NO_MATCH, Match, Parked, Slots, longest_prefix
 from actors.engines.embedded.decoder import Decoder, Piece
 from actors.engines.embedded.parameters import Parameters
 from actors.engines.embedded.sampler import SamplingRows, sample
@@ -143,9 +143,10 @@ class Worker:
         deferred: list[Request] = []
         while self._waiting and batch.count < batch.rows and budget > 0:
             request = self._waiting.popleft()
-            parked, running = self._parked.find(request.prompt), self._find_running(request, before)
+            parked = self._parked.find(request.prompt)
+            running = NO_MATCH if parked.whole else self._find_running(request, before)
             reused = max(parked.length, running.length)
-            if self._find_fresh(request, before).length > reused + WORTH_WAITING_TOKENS:
+            if not parked.whole and self._find_fresh(request, before).length > reused + WORTH_WAITING_TOKENS:
                 deferred.append(request)
                 continue
             row = batch.join(request)
@@ -153,13 +154,11 @@ class Worker:
                 self._slots.put(row, self._parked.use(parked), reused)
             elif reused:
                 self._slots.copy(running.entry, row, reused)
-            if reused < len(request.prompt) - 1:
-                pieces.append(Piece(row, reused, request.prompt[reused:-1]))
-                budget -= len(request.prompt) - reused
+            pieces.append(Piece(row, reused, request.prompt[reused:-1]))
+            budget -= len(request.prompt) - reused
         self._waiting.extendleft(reversed(deferred))
-        if batch.count > before:
-            self._sampling = None
         if pieces:
+            self._sampling = None
             self._decoder.extend(parameters, pieces)
 
     def _find_running(self, request: Request, rows: int) -> Match:
