@@ -179,6 +179,10 @@ class Bench:
         frames = tuple(memoryview(frame) for frame in encode_tree(tree))
         return "actors", Received(actor.encode(), TreeUpload(tree_id=tree.tree_id), frames)
 
+    def arrival_of(self, message: HubInput, actor: str = "actor-0") -> tuple[Side, Received]:
+        """An actor's message without frames, not handed in yet."""
+        return "actors", Received(actor.encode(), message, ())
+
     def batch_request(self, step: int) -> tuple[Side, Received]:
         """A trainer's request, not handed in yet."""
         return "trainer", Received(b"trainer", BatchRequest(step=step), ())

@@ -26,9 +26,7 @@ def test_a_batch_is_the_oldest_complete_groups_and_their_trees_come_as_sent(tmp_
         leases = at.ask(6)
         for lease in (leases[2], leases[1], leases[0]):
             at.play(lease)
-        frames = [
-            message for message in at.step([at.batch_request(1)]) if isinstance(message.message, Batch)
-        ][0]
+        frames = [message for message in at.step([at.batch_request(1)]) if isinstance(message.message, Batch)][0]
         assert isinstance(frames.message, Batch)
         counts, rest, trees = frames.message.frame_counts, list(frames.frames), []
         for count in counts:
