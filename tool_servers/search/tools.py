@@ -60,9 +60,9 @@ class SearchTools:
         if show.disturbed:
             slots = self._fill(slots, k, collection)
         if show.noise > 0:
-            slots = [
-                self._other(slots, slot, collection) if self._random.random() < show.noise else slot for slot in slots
-            ]
+            for place in range(len(slots)):
+                if self._random.random() < show.noise:
+                    slots[place] = self._other(slots, slots[place], collection)
         if show.shuffle:
             self._random.shuffle(slots)
         if not slots:

@@ -1,5 +1,7 @@
 """A hand-written MCP server over stdio that misbehaves on demand. Standard library only, so that it starts fast."""
 
+from __future__ import annotations
+
 import argparse
 import base64
 import json
@@ -7,6 +9,20 @@ import os
 import sys
 import threading
 import time
+from typing import TypedDict
+
+Message = dict[str, object]
+
+
+class Params(TypedDict):
+    name: str
+    arguments: dict[str, str]
+
+
+class Call(TypedDict):
+    id: int
+    params: Params
+
 
 SCHEMA = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
 TOOLS = ("echo", "crash", "crash_once", "hang", "flood", "flood_id_last", "junk", "bad_utf8", "slow", "picture",
@@ -17,23 +33,23 @@ live = 0
 peak = 0
 
 
-def send(message):
+def send(message: Message) -> None:
     with lock:
         sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 
-def raw(data):
+def raw(data: bytes) -> None:
     with lock:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
 
-def text(value, **more):
+def text(value: str, **more: bool) -> Message:
     return {"content": [{"type": "text", "text": value}], **more}
 
 
-def answer(request, options):
+def answer(request: Call, options: argparse.Namespace) -> None:
     name, arguments = request["params"]["name"], request["params"].get("arguments", {})
     result = text(arguments.get("text", ""))
     if name == "crash":
@@ -99,8 +115,8 @@ def answer(request, options):
     send({"jsonrpc": "2.0", "id": request["id"], "result": result})
 
 
-def listing(options):
-    tools = [{"name": name, "inputSchema": SCHEMA} for name in TOOLS]
+def listing(options: argparse.Namespace) -> Message:
+    tools: list[Message] = [{"name": name, "inputSchema": SCHEMA} for name in TOOLS]
     if options.bad_schema:
         tools.insert(0, {"name": "bad", "inputSchema": {}})
         tools.insert(1, {"inputSchema": SCHEMA})
@@ -108,7 +124,7 @@ def listing(options):
     return {"tools": tools}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--bad-schema", action="store_true")
     parser.add_argument("--strict", action="store_true", help="exit when the first message is not initialize")
@@ -127,6 +143,7 @@ def main():
     raw(b"Welcome to the hostile server!\n")
     time.sleep(options.slow_start)
     first = True
+    result: Message
     for line in sys.stdin:
         request = json.loads(line)
         method = request.get("method")
