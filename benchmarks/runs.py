@@ -27,13 +27,6 @@ def run_matpo(config: Path, overrides: Sequence[str], parent: Path, *, limit_s: 
     return folder
 
 
-def summary(folder: Path) -> dict[str, JsonValue]:
-    """The run's summary.json."""
-    content = orjson.loads((folder / "summary.json").read_bytes())
-    assert isinstance(content, dict)
-    return content
-
-
 def metrics(folder: Path, stage: str) -> list[dict[str, JsonValue]]:
     """All metric lines of one stage, in order."""
     return [line for _, line in read_metrics(folder / "metrics.jsonl") if line["stage"] == stage]

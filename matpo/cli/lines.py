@@ -68,6 +68,12 @@ class Change(Line):
     after: float | None
 
 
+class Sampled(Line):
+    """Training episodes of a stretch of steps, at the training temperature."""
+
+    accuracy: float | None
+
+
 class SummaryFile(Line):
     """RUN/summary.json."""
 
@@ -77,6 +83,8 @@ class SummaryFile(Line):
     accuracy_by_hops: dict[str, Change]
     format: Change
     reading: Change
+    sampled_before: Sampled | None
+    sampled_after: Sampled | None
     all_fail_fraction: float | None
     all_pass_fraction: float | None
     episodes: int
