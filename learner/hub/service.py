@@ -19,7 +19,7 @@ from protocols.channel import HubSocket, Received
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-INBOX_MESSAGES = 256
+INBOX_MESSAGES = 64
 """Received and not yet handled; beyond it the network waits."""
 TICK_S = 0.25
 

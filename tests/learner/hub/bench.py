@@ -1,4 +1,4 @@
-"""A hub on the bench: the real core over a real journal, a clock that tests turn, actors and trainers that are lists."""
+"""A hub on the bench: the real core over a real journal, a clock that tests turn, messages instead of sockets."""
 
 from __future__ import annotations
 

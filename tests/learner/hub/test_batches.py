@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.learner.hub.bench import Bench, bench, make_config, make_tree
-
 from learner.hub.batches import split_frames
 from protocols.codec import decode_tree
 from protocols.messages import Batch, BatchRequest, NotYet, Ok, Refuse, StepDone
 from protocols.records import version_of
+from tests.learner.hub.bench import Bench, bench, make_config, make_tree
 
 
 def play_all(at: Bench, episodes: int, *, version: int = 0) -> list[str]:
@@ -26,7 +25,7 @@ def test_a_batch_is_the_oldest_complete_groups_and_their_trees_come_as_sent(tmp_
         leases = at.ask(6)
         for lease in (leases[2], leases[1], leases[0]):
             at.play(lease)
-        frames = [message for message in at.step([at.batch_request(1)]) if isinstance(message.message, Batch)][0]
+        frames = next(message for message in at.step([at.batch_request(1)]) if isinstance(message.message, Batch))
         assert isinstance(frames.message, Batch)
         counts, rest, trees = frames.message.frame_counts, list(frames.frames), []
         for count in counts:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.learner.hub.bench import Bench, bench, make_config, make_tree
-
 from protocols.messages import Lease
 from protocols.records import version_of
+from tests.learner.hub.bench import Bench, bench, make_config, make_tree
 
 CONFIG = make_config(evaluation={"questions": 4, "every_steps": 1, "questions_during": 3}, run={"steps": 3})
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.learner.hub.bench import bench, digest_of, make_config, make_tasks, make_tree
 
 from learner.hub.journal import Journal, JournalUnreadable
 from learner.hub.tasks import TaskCursor
@@ -29,6 +28,7 @@ from protocols.messages import (
     Welcome,
 )
 from protocols.records import Task
+from tests.learner.hub.bench import bench, digest_of, make_config, make_tasks, make_tree
 
 
 def reason(answers: list[HubMessage]) -> RefuseReason:

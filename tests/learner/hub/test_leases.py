@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.learner.hub.bench import Bench, bench, make_config, make_tree
 
 from learner.hub.leases import GroupRules, after_failure, group_state
 from protocols.messages import Ack, Cancel, Goodbye, Lease, Refuse
+from tests.learner.hub.bench import Bench, bench, make_config, make_tree
 
 RULES = GroupRules(group_size=4, min_group=2, max_attempts=3, filter_zero_variance=True)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
-from tests.learner.hub.bench import Bench, make_config, make_tree
 
 from protocols.messages import Ack, Goodbye, Lease, Refuse, StepDone
 from protocols.records import EpisodeTree, Status, version_of
+from tests.learner.hub.bench import Bench, make_config, make_tree
 
 CONFIG = make_config(
     run={"steps": 50},
