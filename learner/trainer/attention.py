@@ -199,7 +199,8 @@ def trie_attention(
             f" (plan {trie_plan is not None}, mask {attention_mask is not None}, {dropout=}, {softcap=},"
             f" attention sinks {s_aux is not None}); only plain causal attention is supported"
         )
-    rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
+    # Under autocast a float32 norm may leave queries and keys wider than the values.
+    rows = [tensor[0].transpose(0, 1).to(value.dtype).contiguous() for tensor in (query, key, value)]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = _PathAttention.apply(*rows, trie_plan, scale, sliding_window)  # type: ignore[no-untyped-call]
     return output[None], None

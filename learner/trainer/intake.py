@@ -18,6 +18,9 @@ from protocols.records import EpisodeGroup, EpisodeTree, Record
 
 UNSCORED = "unscored"
 NO_TOKENS = "nothing_to_train"
+UNKNOWN_ROLE = "unknown_role"
+UNKNOWN_TOKEN = "token_outside_vocabulary"
+SAMPLED_FIRST = "first_token_sampled"
 
 
 class IntakeReport(Record):
@@ -73,50 +76,61 @@ def group_trees(trees: Sequence[EpisodeTree]) -> tuple[EpisodeGroup, ...]:
     return tuple(EpisodeGroup(name, group[0].task, tuple(group)) for name, group in members.items())
 
 
-def prepare(trees: Sequence[EpisodeTree], config: Config, *, current: int, device: torch.device) -> StepInput:
-    """Credit, weigh and pack the trees of one step; `current` is the version about to be trained."""
-    groups = group_trees(trees)
+def prepare(
+    trees: Sequence[EpisodeTree], config: Config, *, current: int, vocabulary: int, device: torch.device
+) -> StepInput:
+    """Credit, weigh and pack the trees of one step; `current` is the version about to be trained.
+
+    A tree no model of `vocabulary` tokens and these roles can have made is filtered with the reason, so that a broken
+    actor cannot stop the trainer.
+    """
+    filtered = {tree.tree_id: reason for tree in trees if (reason := defect(tree, config, vocabulary)) is not None}
+    groups = group_trees([tree for tree in trees if tree.tree_id not in filtered])
     ordered = [tree for group in groups for tree in group.trees]
     credited = [scores for group in groups for scores in advantages(group, config.learner)]
     weights = token_weights(ordered, credited, config.learner)
-    filtered = []
     samples: list[Sample] = []
     for tree, scores, weighed in zip(ordered, credited, weights, strict=True):
         if all(score is None for score in scores):
-            filtered.append((tree.tree_id, UNSCORED))
+            filtered[tree.tree_id] = UNSCORED
         elif not any(weighed):
-            filtered.append((tree.tree_id, NO_TOKENS))
+            filtered[tree.tree_id] = NO_TOKENS
         samples += _samples(tree, scores, weighed, config)
-    left_out = {tree_id for tree_id, _ in filtered}
     return StepInput(
         micro_batches=pack(samples, limit_tokens=config.learner.micro_batch_tokens, device=device),
-        trained=tuple(tree.tree_id for tree in ordered if tree.tree_id not in left_out),
-        filtered=tuple(filtered),
+        trained=tuple(tree.tree_id for tree in ordered if tree.tree_id not in filtered),
+        filtered=tuple(filtered.items()),
         report=_report(groups, len(filtered), len(samples), current),
     )
 
 
+def defect(tree: EpisodeTree, config: Config, vocabulary: int) -> str | None:
+    """Why a tree cannot be trained on whatever it scored; None for a sound one."""
+    for trajectory in tree.trajectories:
+        if trajectory.role not in config.episode.roles:
+            return UNKNOWN_ROLE
+        if len(trajectory.tokens) and int(trajectory.tokens.max()) >= vocabulary:
+            return UNKNOWN_TOKEN
+        if len(trajectory.sampled) and trajectory.sampled[0]:
+            return SAMPLED_FIRST
+    return None
+
+
 def _samples(tree: EpisodeTree, scores: TreeAdvantages, weighed: TreeWeights, config: Config) -> list[Sample]:
-    samples = []
-    for trajectory, score, weight in zip(tree.trajectories, scores, weighed, strict=True):
-        if score is None or weight == 0:
-            continue
-        role = config.episode.roles.get(trajectory.role)
-        if role is None:
-            raise ValueError(f"tree {tree.tree_id} was played by the role {trajectory.role!r}, which the config lacks")
-        samples.append(
-            Sample(
-                role=trajectory.role,
-                tokens=trajectory.tokens,
-                sampled=trajectory.sampled,
-                behaviour=trajectory.logprobs,
-                advantage=score,
-                weight=weight,
-                # Greedy sampling has no density; its tokens are then scored as drawn at temperature 1.
-                temperature=role.sampling.temperature or 1.0,
-            )
+    return [
+        Sample(
+            role=trajectory.role,
+            tokens=trajectory.tokens,
+            sampled=trajectory.sampled,
+            behaviour=trajectory.logprobs,
+            advantage=score,
+            weight=weight,
+            # Greedy sampling has no density; its tokens are then scored as drawn at temperature 1.
+            temperature=config.episode.roles[trajectory.role].sampling.temperature or 1.0,
         )
-    return samples
+        for trajectory, score, weight in zip(tree.trajectories, scores, weighed, strict=True)
+        if score is not None and weight != 0
+    ]
 
 
 def _report(groups: Sequence[EpisodeGroup], filtered: int, trajectories: int, current: int) -> IntakeReport:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -33,6 +34,11 @@ class Policy:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def vocabulary(self) -> int:
+        """Token ids the model knows."""
+        return self.head.weight.shape[0]
+
     @classmethod
     def load(cls, folder: Path, learner: Learner) -> Policy:
         """Read a Hugging Face folder. Raises `UserError` for one that cannot be read or cannot run over a trie."""
@@ -40,7 +46,7 @@ class Policy:
         disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it bare
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"model {str(folder)!r} cannot be loaded: {str(error).splitlines()[0]};"
                 " give the folder of a Hugging Face causal model"
@@ -86,8 +92,7 @@ class Policy:
         Catches every architecture the trie cannot serve (linear attention, soft-capped or scaled logits, …) before a
         step is taken on it.
         """
-        vocabulary = self.head.weight.shape[0]
-        short = np.random.default_rng(0).integers(0, vocabulary, (2, 9), dtype=np.int32)
+        short = np.random.default_rng(0).integers(0, self.vocabulary, (2, 9), dtype=np.int32)
         short[1, :4] = short[0, :4]
         with torch.no_grad():
             own = torch.cat([self.model(torch.from_numpy(row[None]).long().to(self.device)).logits[0] for row in short])

@@ -59,7 +59,8 @@ def replay(folder: RunFolder, overrides: Sequence[str]) -> int:
             started = time.monotonic()
             # The lineage numbers versions and changes no arithmetic.
             current = version_of(lineage=0, step=step - 1)
-            taken = prepare(trees, config, current=current, device=training.policy.device)
+            policy = training.policy
+            taken = prepare(trees, config, current=current, vocabulary=policy.vocabulary, device=policy.device)
             report = train_step(
                 training.policy,
                 training.optimizer,

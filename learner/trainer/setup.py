@@ -34,6 +34,8 @@ def make_deterministic(*, threads: int, seed: int) -> None:
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
+    # Debugging aid that costs 4 % of a step: every tensor made empty here is written before it is read.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set at import time
     torch.backends.cudnn.benchmark = False
 
 

@@ -1,0 +1,227 @@
+"""Steps, schedules and what is refused, on tiny models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+
+from learner.trainer.intake import prepare, read_trees
+from learner.trainer.model import Policy
+from learner.trainer.pack import Sample, pack
+from learner.trainer.publish import to_weights
+from learner.trainer.setup import make_deterministic
+from learner.trainer.step import StepReport, accumulate, learning_rate, make_optimizer, train_step
+from matpo.config import Config, Decoupled, Dppo, Learner, Tis
+from matpo.errors import UserError
+from protocols.codec import encode_tree
+from protocols.messages import Batch
+from protocols.records import EpisodeTree
+from protocols.weights import weights_digest
+from tests.learner.trainer.models import VOCABULARY, reference_gradient, sample, tiny_model
+from tests.learner.trainer.test_exactness import CPU, random_rows, relative_difference
+from tests.matpo.trees import OTHER, trajectory, tree
+
+
+def step_once(learner: Learner, rows: list[Sample], *, steps: int = 1) -> tuple[Policy, list[StepReport]]:
+    make_deterministic(threads=1, seed=0)
+    policy = Policy.of(tiny_model("qwen3"), learner)
+    optimizer = make_optimizer(policy, learner)
+    batches = pack(rows, limit_tokens=100, device=CPU)
+    return policy, [
+        train_step(policy, optimizer, batches, learner, step=step + 1, steps=steps) for step in range(steps)
+    ]
+
+
+def digest(policy: Policy) -> str:
+    return weights_digest(to_weights(policy.parameters, "float32"))
+
+
+def test_a_step_is_reproducible_bit_for_bit() -> None:
+    rows = random_rows(20, seed=4)
+    one, first = step_once(Learner(lr=1e-3), rows, steps=3)
+    other, second = step_once(Learner(lr=1e-3), rows, steps=3)
+    assert digest(one) == digest(other)
+    assert [(r.loss, r.grad_norm, r.roles) for r in first] == [(r.loss, r.grad_norm, r.roles) for r in second]
+
+
+def test_report_counts_tokens_before_and_after_merging() -> None:
+    rows = [sample([1, 2, 3, 4], [3]), sample([1, 2, 3, 5, 6], [3, 4], role="worker")]
+    _, (report,) = step_once(Learner(), rows)
+    assert (report.tokens, report.unique_tokens, report.sampled_tokens, report.scored_tokens) == (3 + 4, 4, 3, 3)
+    assert {role: figures.tokens for role, figures in report.roles.items()} == {"planner": 1, "worker": 2}
+    assert report.updates == 1
+
+
+def test_first_adam_step_moves_each_weight_by_the_learning_rate_against_its_gradient() -> None:
+    rows = random_rows(8, seed=5)
+    before = dict(tiny_model("qwen3").named_parameters())
+    policy, _ = step_once(Learner(lr=1e-3), rows)
+    _, grads = reference_gradient(tiny_model("qwen3"), rows, Dppo())
+    name = "model.layers.0.mlp.up_proj.weight"
+    moved = policy.parameters[name].detach() - before[name].detach()
+    large = grads[name].abs() > 0.1 * grads[name].abs().max()
+    assert torch.allclose(moved[large], -1e-3 * grads[name][large].sign(), rtol=1e-3)
+
+
+def test_a_later_optimizer_step_of_a_batch_measures_against_the_policy_at_the_start_of_the_step() -> None:
+    rows = random_rows(6, seed=6)
+    policy = Policy.of(tiny_model("llama"), Learner())
+    batches = pack(rows, limit_tokens=1000, device=CPU)
+    first = accumulate(policy, batches, Decoupled())
+    with torch.no_grad():
+        policy.parameters["model.layers.0.mlp.up_proj.weight"].mul_(3.0)
+    moved = accumulate(policy, batches, Decoupled(), first)
+    (behaviour, weight, advantage) = (batches[0].behaviour_T, batches[0].weight_T, batches[0].advantage_T)
+    ratio = (moved.logp[0] - first.logp[0]).exp()
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    expected = -(weight * (first.logp[0] - behaviour).exp().clamp(max=2) * surrogate).sum()
+    assert not torch.allclose(ratio, torch.ones_like(ratio), atol=0.05)
+    assert moved.loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_several_optimizer_steps_per_batch_are_all_taken() -> None:
+    _, (report,) = step_once(Learner(optimizer_steps_per_batch=3), random_rows(6, seed=6))
+    assert report.updates == 3
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_reported() -> None:
+    rows = random_rows(3, seed=7)
+    rows[0] = Sample(**{name: getattr(rows[0], name) for name in rows[0].__slots__} | {"advantage": float("inf")})
+    policy, (report,) = step_once(Learner(objective=Tis()), rows)
+    assert report.updates == 0
+    assert digest(policy) == digest(Policy.of(tiny_model("qwen3"), Learner()))
+
+
+def test_a_step_without_samples_changes_nothing() -> None:
+    policy, (report,) = step_once(Learner(), [])
+    assert (report.updates, report.loss, report.roles) == (0, 0.0, {})
+    assert digest(policy) == digest(Policy.of(tiny_model("qwen3"), Learner()))
+
+
+def test_learning_rate_warms_up_and_then_follows_half_a_cosine() -> None:
+    constant = Learner(lr=1.0, warmup_steps=3)
+    assert [learning_rate(constant, step=n, steps=10) for n in (1, 2, 3, 4, 10)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    cosine = Learner(lr=1.0, lr_schedule="cosine")
+    assert [learning_rate(cosine, step=n, steps=4) for n in (1, 3)] == pytest.approx([1.0, 0.5])
+    assert learning_rate(cosine, step=4, steps=4) > 0
+
+
+def test_bfloat16_computes_about_the_same_gradient_with_float32_weights() -> None:
+    rows = random_rows(10, seed=8)
+    _, reference = reference_gradient(tiny_model("qwen3"), rows, Tis())
+    policy = Policy.of(tiny_model("qwen3"), Learner(dtype="bfloat16"))
+    accumulate(policy, pack(rows, limit_tokens=1000, device=CPU), Tis())
+    grads = {name: p.grad for name, p in policy.parameters.items() if p.grad is not None}
+    assert {grad.dtype for grad in grads.values()} == {torch.float32}
+    assert relative_difference(grads, reference) < 0.2
+
+
+def test_sliding_window_attention_is_exact() -> None:
+    config = MistralConfig.from_dict(
+        tiny_model("llama").config.to_dict() | {"sliding_window": 4, "model_type": "mistral", "architectures": None}
+    )
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config)
+    model.set_attn_implementation("eager")
+    rows = random_rows(12, seed=9)
+    _, expected = reference_gradient(model, rows, Tis())
+    expected = {name: grad.clone() for name, grad in expected.items()}
+    policy = Policy.of(model, Learner())
+    accumulate(policy, pack(rows, limit_tokens=1000, device=CPU), Tis())
+    found = {name: p.grad for name, p in policy.parameters.items() if p.grad is not None}
+    assert relative_difference(found, expected) < 1e-5
+
+
+def test_a_model_the_trie_cannot_serve_is_refused_with_the_reason() -> None:
+    config = Gemma2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        intermediate_size=16, vocab_size=VOCABULARY,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config)
+    model.set_attn_implementation("eager")
+    with pytest.raises(UserError, match="Gemma2ForCausalLM cannot be trained"):
+        Policy.of(model, Learner())
+
+
+def test_a_folder_without_weights_is_refused_in_one_line(tmp_path: Path) -> None:
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"cannot be loaded: .*; give the folder of a Hugging Face causal model"
+    ) as error:
+        Policy.load(tmp_path, Learner())
+    assert "\n" not in str(error.value)
+
+
+def config_with(**learner: object) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"path": "."},
+            "data": {name: {"kind": "world"} for name in ("train", "evaluation")},
+            "episode": {
+                "roles": {"planner": {"system": "p"}, "worker": {"system": "w", "sampling": {"temperature": 0.5}}}
+            },
+            "learner": learner,
+        }
+    )
+
+
+def good_and_bad() -> list[EpisodeTree]:
+    worker = trajectory(".xx", role="worker", parent=(0, 0))
+    return [tree(1.0, trajectory("..x"), worker, name="good"), tree(0.0, trajectory(".x"), name="bad", episode=1)]
+
+
+def test_intake_gives_each_trajectory_its_trees_advantage_its_weight_and_its_roles_temperature() -> None:
+    (batch,) = prepare(
+        good_and_bad(), config_with(normalise_by_std=False), current=3, vocabulary=13, device=CPU
+    ).micro_batches
+    first = batch.advantage_T > 0
+    assert batch.advantage_T[first].tolist() == [0.5, 0.5, 0.5]
+    assert batch.weight_T[first].tolist() == pytest.approx([1 / 6] * 3)
+    assert batch.advantage_T[~first].tolist() == [-0.5]
+    assert batch.weight_T[~first].tolist() == pytest.approx([1 / 2])
+    worker = batch.role_T == batch.roles.index("worker")
+    assert batch.temperature_K[batch.scored_T[worker]].tolist() == [0.5, 0.5]
+
+
+def test_intake_reports_rewards_and_staleness() -> None:
+    report = prepare(good_and_bad(), config_with(), current=3, vocabulary=13, device=CPU).report
+    assert (report.groups, report.trees, report.trajectories, report.filtered_trees) == (1, 2, 3, 0)
+    assert (report.reward_mean, report.reward_parts) == (0.5, {"answer": 0.5})
+    assert (report.staleness_mean, report.staleness_max) == (3.0, 3)
+    assert (report.all_fail_groups, report.all_pass_groups) == (0.0, 0.0)
+
+
+def test_trees_no_actor_of_this_run_can_have_made_are_filtered_with_the_reason() -> None:
+    outside = trajectory("..x")
+    strange = [
+        tree(1.0, trajectory("..x", role="critic"), name="role"),
+        tree(1.0, trajectory("x.x"), name="first"),
+        tree(1.0, replace(outside, tokens=outside.tokens + 13), name="token"),
+    ]
+    taken = prepare([*good_and_bad(), *strange], config_with(), current=0, vocabulary=13, device=CPU)
+    assert dict(taken.filtered) == {
+        "role": "unknown_role", "first": "first_token_sampled", "token": "token_outside_vocabulary"
+    }  # fmt: skip
+    assert taken.trained == ("good", "bad")
+
+
+def test_groups_of_one_task_come_together_even_if_their_trees_are_mixed() -> None:
+    trees = [tree(float(n % 2), name=f"t{n}", group=f"g{n // 2 % 2}", task=OTHER, episode=n) for n in range(8)]
+    taken = prepare(trees, config_with(), current=0, vocabulary=13, device=CPU)
+    assert taken.trained == ("t0", "t1", "t4", "t5", "t2", "t3", "t6", "t7")
+
+
+def test_a_batch_survives_the_wire() -> None:
+    trees = good_and_bad()
+    encoded = [encode_tree(one) for one in trees]
+    batch = Batch(step=1, frame_counts=tuple(len(frames) for frames in encoded))
+    found = read_trees(batch, [frame for frames in encoded for frame in frames])
+    assert [one.tree_id for one in found] == ["good", "bad"]
+    assert np.array_equal(found[0].trajectories[1].tokens, trees[0].trajectories[1].tokens)
+    with pytest.raises(ValueError, match="announces"):
+        read_trees(batch, encoded[0])
