@@ -1,7 +1,7 @@
 """The loss of one sampled token under each objective, and the figures that say whether a step was sound.
 
 T: sampled tokens. μ: behaviour probability recorded at sampling, π: current policy, π_old: policy at the start of the
-step; R = π/μ, ρ = π_old/μ, r = π/π_old. Formulas: docs/design, after the papers each config section names.
+step; R = π/μ, ρ = π_old/μ, r = π/π_old. Formulas and sources: docs/algorithm.md and the config section of each.
 """
 
 from __future__ import annotations
