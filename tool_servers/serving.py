@@ -171,6 +171,8 @@ async def _serve_http(service: Service, port: int, host: str) -> None:
         except OSError as error:
             reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be bound ({error.strerror})"
             fail(f"{host}:{port} {reason}; choose another --http PORT (0 takes any free one)")
+        # From here on connections are queued, so the announcement is true before the first request is served.
+        listener.listen(1_024)
         where = f"[{host}]" if ":" in host else host
         sys.stderr.write(f"{service.name}: serving http://{where}:{listener.getsockname()[1]}/mcp\n")
         sys.stderr.flush()
