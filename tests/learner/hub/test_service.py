@@ -30,6 +30,7 @@ from protocols.messages import (
     Batch,
     BatchRequest,
     Drain,
+    Heartbeat,
     Hello,
     Lease,
     LeaseRequest,
@@ -126,6 +127,10 @@ def publication(folder: RunFolder, version: int) -> Publish:
     return Publish(version=version, digest=digest_of(version), objects=(entry,))
 
 
+def idle_heartbeat(version: int) -> Heartbeat:
+    return Heartbeat(leases=(), version=version, live_episodes=0, outbox_trees=0, sampled_tokens=0)
+
+
 async def act(folder: RunFolder, config: Config, name: str) -> str:
     """An actor without an engine: plays every lease with the newest weights; returns why it was sent home."""
     address = folder.hub_address()
@@ -144,8 +149,12 @@ async def act(folder: RunFolder, config: Config, name: str) -> str:
         )
         await client.send(LeaseRequest(episodes=8))
         while True:
-            message, _ = await client.receive()
+            message = None
+            with anyio.move_on_after(0.1):
+                message, _ = await client.receive()
             match message:
+                case None:
+                    await client.send(idle_heartbeat(version))
                 case WeightsReady():
                     version = message.version
                 case Lease():
