@@ -13,7 +13,7 @@ from pathlib import Path
 import structlog
 
 from learner.trainer.checkpoint import Checkpoints
-from learner.trainer.hub import Hub, Refused
+from learner.trainer.hub import Hub, NoHub, Refused
 from learner.trainer.intake import IntakeReport, prepare, read_trees
 from learner.trainer.publish import Publisher
 from learner.trainer.setup import Training
@@ -106,7 +106,7 @@ def run(arguments: Sequence[str]) -> int:
     metrics = MetricsFile(folder.metrics)
     try:
         train(folder, config, metrics, stopping)
-    except (ChannelError, Refused) as error:
+    except (ChannelError, NoHub, Refused) as error:
         log.error("trainer gives up", reason=str(error))
         sys.stderr.write(f"error: {error}\n")
         return 1

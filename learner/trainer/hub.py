@@ -10,7 +10,6 @@ from typing import Final, Self
 import structlog
 
 from learner.trainer.intake import StepInput
-from matpo.errors import UserError
 from matpo.folder import HubAddress, RunFolder
 from protocols.channel import HubSilent, TrainerLink
 from protocols.messages import (
@@ -42,11 +41,15 @@ class Refused(Exception):
     """The hub will not take what the trainer says: another trainer is at work or the journal is of another run."""
 
 
+class NoHub(Exception):
+    """No hub of the run listens; it may be starting again."""
+
+
 class Hub:
     """The hub as the trainer sees it."""
 
     def __init__(self, folder: RunFolder, stopping: threading.Event) -> None:
-        """Find the hub of a run. Raises `UserError` if none listens within a minute."""
+        """Find the hub of a run. Raises `NoHub` if none listens within a minute."""
         self._folder = folder
         self._stopping = stopping
         self._endpoint = _address(folder, stopping).trainer_endpoint
@@ -130,7 +133,7 @@ def _address(folder: RunFolder, stopping: threading.Event) -> HubAddress:
         if address is not None:
             return address
         stopping.wait(0.05)
-    raise UserError(
+    raise NoHub(
         f"no hub of run {str(folder.path)!r} listens after {HUB_START_S:g} s;"
         f" start `matpo-learner --run {folder.path}`, which starts hub and trainer"
     )

@@ -10,8 +10,7 @@ import pytest
 
 from learner.trainer import replay
 from learner.trainer.checkpoint import Checkpoints
-from learner.trainer.hub import Hub
-from matpo.errors import UserError
+from learner.trainer.hub import Hub, NoHub
 from matpo.metrics import read_metrics
 from protocols.delta import apply_delta
 from protocols.messages import Publish
@@ -138,7 +137,7 @@ def test_a_trainer_told_to_stop_while_waiting_saves_and_ends(tmp_path: Path) -> 
     folder, config = make_run(tmp_path)
     stopping = threading.Event()
     stopping.set()
-    with pytest.raises(UserError, match="no hub of run"):
+    with pytest.raises(NoHub, match="no hub of run"):
         Hub(folder, stopping)
     run_trainer(folder, config, stopping=StopAfter(3))
     assert Checkpoints(folder.checkpoints, keep=2).newest() is not None
