@@ -107,15 +107,15 @@ class Supervisor:
 
     async def _once(self, child: Child) -> int:
         with (self.output / f"{child.name}.out").open("ab") as sink:
-            child.process = await anyio.open_process(
-                list(child.command),
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                env=self.environment,
+            process = await anyio.open_process(
+                list(child.command), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=self.environment
             )
-        log.info("started", child=child.name, pid=child.process.pid)
-        code = await child.process.wait()
+        child.process = process
+        if self._stopping.is_set():  # asked to stop while it was being started
+            _send(process, signal.SIGTERM)
+        log.info("started", child=child.name, pid=process.pid)
+        async with process:  # whoever cancels this ends the child with it
+            code = await process.wait()
         child.process = None
         log.info("ended", child=child.name, code=code)
         return code

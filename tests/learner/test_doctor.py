@@ -1,0 +1,104 @@
+"""The doctor: what it says of a dead run, of a wrong ledger, and of nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import sqlite3
+from pathlib import Path
+
+import orjson
+import pytest
+from rich.console import Console
+
+from learner.doctor import examine, run, show
+from matpo.errors import UserError
+from matpo.folder import RunFolder
+from tests.learner.hub.bench import bench, make_config, make_tree
+
+
+def a_run(folder: Path) -> RunFolder:
+    """A dead run: one tree trained on, one pending, one that failed."""
+    config = make_config(learner={"groups_per_step": 1, "group_size": 2})
+    (folder / "config.json").write_bytes(orjson.dumps(config.model_dump(mode="json")))
+    with bench(folder, config) as at:
+        at.start()
+        first, second = at.ask(4)
+        at.play(first)
+        at.train_step(1)
+        at.upload(make_tree(second, 0))
+        at.upload(make_tree(second, 1, reward=None, status="tool_failure"))
+    return RunFolder(folder)
+
+
+def test_the_doctor_counts_what_became_of_every_tree(tmp_path: Path) -> None:
+    report = examine(a_run(tmp_path), now=0.0)
+    assert (report.state, report.step, report.adds_up, report.waits) == ("dead", 1, True, ())
+    ledger = report.ledger
+    assert (ledger.trees, ledger.trained, ledger.pending, ledger.filtered) == (4, 2, 1, 1)
+    assert ledger.filtered_by == {"tool_failure": 1}
+    assert report.forecast.eta == 1
+
+
+def test_the_doctor_changes_nothing(tmp_path: Path) -> None:
+    folder = a_run(tmp_path)
+    before = folder.journal.read_bytes()
+    examine(folder, now=0.0)
+    assert folder.journal.read_bytes() == before
+
+
+def test_a_ledger_that_does_not_add_up_is_said_loudly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = a_run(tmp_path)
+    with sqlite3.connect(folder.journal) as vandal:
+        vandal.execute("UPDATE trees SET state = 'trained' WHERE state = 'pending'")
+    vandal.close()
+    assert run([str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert (
+        "DOES NOT ADD UP" in said.out
+        and "trained trees = trees reported by the steps that stand: 3 is not 2" in said.out
+    )
+    assert "does not add up" in said.err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM trees WHERE state = 'pending'",
+        "DELETE FROM frames WHERE tree_seq = 1",
+        "UPDATE groups SET state = 'filtered' WHERE state = 'open'",
+        "DELETE FROM steps",
+        "DELETE FROM episodes WHERE state = 'waiting'",
+        "UPDATE trees SET step = 9 WHERE step = 1",
+    ],
+)
+def test_every_kind_of_damage_shows_in_some_sum(tmp_path: Path, damage: str) -> None:
+    folder = a_run(tmp_path)
+    with sqlite3.connect(folder.journal) as vandal:
+        assert vandal.execute(damage).rowcount >= 1
+    vandal.close()
+    assert not examine(folder, now=0.0).adds_up
+
+
+def test_the_report_is_one_json_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a_run(tmp_path)
+    assert run([str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ledger"]["trees"] == 4
+
+
+def test_people_read_ledger_and_forecast(tmp_path: Path) -> None:
+    out = io.StringIO()
+    show(examine(a_run(tmp_path), now=0.0), Console(file=out, width=200))
+    text = out.getvalue()
+    assert "dead, step 1 of 4, no hub process" in text
+    assert "1 (1 tool_failure)" in text
+    assert "the ledger adds up (10 sums)" in text
+    assert "forecast: freshness.eta = 1" in text
+
+
+def test_a_run_that_never_started_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        examine(RunFolder.existing(tmp_path), now=0.0)
+    (tmp_path / "config.json").write_bytes(orjson.dumps(make_config().model_dump(mode="json")))
+    with pytest.raises(UserError, match=r"journal .* does not exist"):
+        examine(RunFolder(tmp_path), now=0.0)
