@@ -129,7 +129,8 @@ def show(report: Report, console: Console) -> None:
     console.print(
         f"tasks: {ledger.tasks} started = {ledger.tasks_open} open + {ledger.tasks_complete} complete"
         f" + {ledger.tasks_trained} trained + {ledger.tasks_filtered} filtered; episodes:"
-        f" {ledger.episodes_leased} leased ({ledger.leases_live} leases), {ledger.episodes_waiting} waiting, {ledger.episodes_abandoned} given up"
+        f" {ledger.episodes_leased} leased ({ledger.leases_live} leases), {ledger.episodes_waiting} waiting,"
+        f" {ledger.episodes_abandoned} given up"
     )
     for check in report.checks:
         if not check.holds:
