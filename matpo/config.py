@@ -9,6 +9,10 @@ from typing import Annotated, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from matpo.engine_config import EmbeddedEngine as EmbeddedEngine
+from matpo.engine_config import Engine as Engine
+from matpo.engine_config import SglangEngine as SglangEngine
+
 
 class Section(BaseModel):
     """Base of every part of the settings."""
@@ -132,22 +136,6 @@ class Episode(Section):
         return self
 
 
-class EmbeddedEngine(Section):
-    """Continuous batching in the actor's own process, for CPU or one small GPU."""
-
-    kind: Literal["embedded"] = "embedded"
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    threads: int = Field(default=1, ge=1)
-    max_batch: int = Field(default=64, ge=1)
-    """Sequences decoded together."""
-    max_context_tokens: int = Field(default=1024, ge=16)
-    """Key/value slots per sequence."""
-
-
-Engine = EmbeddedEngine
-
-
 class Actor(Section):
     """One `matpo-actor` process."""
 
@@ -159,6 +147,12 @@ class Actor(Section):
     generate_timeout_s: float = Field(default=120.0, gt=0)
     outbox_limit_trees: int = Field(default=2_000, ge=1)
     """Finished trees kept on disk while the hub is away; then playing pauses."""
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _default_engine(cls, value: object) -> object:
+        """Options of the default engine may be given without its kind."""
+        return {"kind": EmbeddedEngine().kind, **value} if isinstance(value, dict) else value
 
 
 class McpServer(Section):

@@ -58,7 +58,7 @@ def test_a_resolved_config_loads_back_unchanged(good: Path, tmp_path: Path) -> N
     [
         ("learner.lrr=1", "unknown option learner.lrr = 1; did you mean 'lr'?"),
         ("lerner.lr=1", "unknown option lerner = {'lr': 1}; did you mean 'learner'?"),
-        ("actor.engine.thread=2", "unknown option actor.engine.thread = 2; did you mean 'threads'?"),
+        ("actor.engine.thread=2", "unknown option actor.engine.embedded.thread = 2; did you mean 'threads'?"),
         ("episode.roles.planner.sistem=x", "did you mean 'system'?"),
         ("learner.lr=-1", "learner.lr = -1: Input should be greater than 0"),
         ("learner.lr=fast", "learner.lr = 'fast': Input should be a valid number"),
