@@ -30,7 +30,7 @@ class Piece:
     tokens: NDArray[np.int32]
 
 
-def _groups(pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
+def groups(pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
     """Runs of pieces worth padding to one length; a long prompt among short ones stands alone."""
     begin, longest, total = 0, 0, 0
     for index, piece in enumerate(pieces):
@@ -87,7 +87,7 @@ class Decoder:
 
         Only attention sees padding: everything else runs on the tokens of all pieces, one after the other.
         """
-        for group in _groups(pieces):
+        for group in groups(pieces):
             self._extend(parameters, group)
 
     def _extend(self, parameters: Parameters, pieces: Sequence[Piece]) -> None:

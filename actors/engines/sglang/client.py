@@ -1,0 +1,279 @@
+"""The part of SGLang's HTTP interface an engine needs, on aiohttp and orjson. Knows nothing of episodes or versions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Final, Literal, Self, TypeVar
+
+import aiohttp
+import anyio
+import numpy as np
+import orjson
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from matpo.config import Sampling
+from protocols.records import Tokens
+
+Swap = Literal["retract", "in_place", "abort"]
+T = TypeVar("T", bound=BaseModel)
+JSON: Final = {"Content-Type": "application/json"}
+EVENT: Final = b"data: "
+END_OF_STREAM: Final = b"[DONE]"
+LARGEST_EVENT_BYTES: Final = 16 * 2**20
+KEEP_ALIVE_S: Final = 3.0
+"""The server closes a connection idle for 5 s; ours must be gone by then, or a request would meet the closing end."""
+CONNECT_TIMEOUT_S: Final = 10.0
+ABORT_TIMEOUT_S: Final = 2.0
+
+
+class ServerGone(Exception):
+    """No connection, or it broke: the server is dead, restarting or unreachable."""
+
+
+class ServerRefused(Exception):
+    """The server answered, and the answer is no."""
+
+
+class _Success(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    success: bool = True
+    message: str = ""
+
+
+class _Rank(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    checksums: dict[str, str]
+
+
+class _Checksums(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    success: bool
+    message: str = ""
+    ranks: list[_Rank] | None = None
+
+
+class _Load(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    num_running_reqs: int
+    num_waiting_reqs: int
+
+
+class _Loads(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    loads: list[_Load]
+
+
+class ModelInfo(BaseModel):
+    """What the server says of the model it serves."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    model_path: str
+    weight_version: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """One request for a continuation."""
+
+    rid: str
+    """Every id has the same length: the server aborts whatever *begins* with the id it is given."""
+    tokens: Tokens
+    sampling: Sampling
+    max_tokens: int
+    ends: tuple[int, ...]
+    cache_key: str
+    """Keys and values are shared only between requests with the same key."""
+    stream_tokens: int
+
+    @property
+    def filtered(self) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary only."""
+        return self.sampling.temperature > 0 and (self.sampling.top_p < 1 or self.sampling.top_k > 0)
+
+    def body(self) -> bytes:
+        """As JSON. Every sampling option is given: the server would fill gaps from the model's generation_config."""
+        sampling, greedy = self.sampling, self.sampling.temperature == 0
+        parameters = {
+            "temperature": sampling.temperature,
+            "top_p": 1.0 if greedy else sampling.top_p,
+            "top_k": -1 if greedy or not sampling.top_k else sampling.top_k,
+            "min_p": 0.0,
+            "frequency_penalty": 0.0,
+            "presence_penalty": 0.0,
+            "repetition_penalty": 1.0,
+            "min_new_tokens": 0,
+            "max_new_tokens": self.max_tokens,
+            "stop_token_ids": self.ends,
+            "ignore_eos": False,
+            "n": 1,
+        }
+        if self.stream_tokens:
+            parameters["stream_interval"] = self.stream_tokens
+        content = {
+            "rid": self.rid,
+            "input_ids": np.ascontiguousarray(self.tokens),
+            "sampling_params": parameters,
+            "return_logprob": True,
+            "return_sampling_mask": self.filtered,
+            "extra_key": self.cache_key,
+            "stream": self.stream_tokens > 0,
+        }
+        return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+class SglangClient:
+    """One server. Every method raises `ServerGone` or `ServerRefused`; deadlines of `generate` are the caller's."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._session = session
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, url: str) -> AsyncIterator[Self]:
+        """A pool of as many connections as there are requests."""
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
+        async with aiohttp.ClientSession(
+            connector=connector, timeout=timeout, headers=JSON, read_bufsize=2**18
+        ) as session:
+            yield cls(session, url)
+
+    async def generate(self, request: Request) -> AsyncIterator[bytes]:
+        """The JSON of the reply, or of each event of a streamed one."""
+        try:
+            async with self._session.post(self.url + "/generate", data=request.body()) as response:
+                if response.status != 200:
+                    raise ServerRefused(_explain(await response.read(), response.status))
+                if not request.stream_tokens:
+                    yield await response.read()
+                    return
+                async for event in _events(response.content):
+                    yield event
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise ServerGone(f"{self.url}: {type(error).__name__}: {error}") from error
+
+    async def abort(self, rid: str) -> None:
+        """End a request, if the server still has it. Failures do not matter: then it is gone or ends by itself."""
+        with anyio.CancelScope(shield=True), suppress(ServerGone, ServerRefused):
+            await self._post("/abort_request", {"rid": rid}, deadline_s=ABORT_TIMEOUT_S)
+
+    async def pause(self, mode: Swap, *, deadline_s: float) -> None:
+        """Stop sampling; what becomes of running requests is the mode's. New requests wait."""
+        await self._post("/pause_generation", {"mode": mode}, deadline_s=deadline_s)
+
+    async def resume(self, *, deadline_s: float) -> None:
+        """Go on sampling. May be called twice."""
+        await self._post("/continue_generation", {"torch_empty_cache": False}, deadline_s=deadline_s)
+
+    async def update_from_disk(self, folder: str, *, version: int, flush: bool, deadline_s: float) -> None:
+        """Load the weights of a Hugging Face folder."""
+        body = {
+            "model_path": folder,
+            "weight_version": str(version),
+            "flush_cache": flush,
+            "abort_all_requests": False,
+            "torch_empty_cache": False,
+        }
+        content = await self._post("/update_weights_from_disk", body, deadline_s=deadline_s)
+        reply = _parse(_Success, content)
+        if not reply.success:
+            raise ServerRefused(reply.message)
+
+    async def checksums(self, *, deadline_s: float) -> list[dict[str, str]]:
+        """Tensor name → checksum, one mapping per rank."""
+        content = await self._post("/weights_checker", {"action": "checksum"}, deadline_s=deadline_s)
+        reply = _parse(_Checksums, content)
+        if not reply.success or not reply.ranks:
+            raise ServerRefused(f"no checksums: {reply.message}")
+        return [rank.checksums for rank in reply.ranks]
+
+    async def model_info(self, *, deadline_s: float) -> ModelInfo:
+        """Which model is served."""
+        return _parse(ModelInfo, await self._call("GET", "/model_info", None, deadline_s=deadline_s))
+
+    async def loads(self, *, deadline_s: float) -> tuple[int, int]:
+        """(running, waiting) requests, as the scheduler reports them."""
+        loads = _parse(_Loads, await self._call("GET", "/v1/loads", None, deadline_s=deadline_s)).loads
+        return sum(load.num_running_reqs for load in loads), sum(load.num_waiting_reqs for load in loads)
+
+    async def healthy(self, *, deadline_s: float) -> bool:
+        """Whether the server answers and calls itself healthy."""
+        try:
+            await self._call("GET", "/health", None, deadline_s=deadline_s)
+        except (ServerGone, ServerRefused):
+            return False
+        return True
+
+    async def _post(self, path: str, body: object, *, deadline_s: float) -> bytes:
+        return await self._call("POST", path, orjson.dumps(body), deadline_s=deadline_s)
+
+    async def _call(self, method: str, path: str, body: bytes | None, *, deadline_s: float) -> bytes:
+        timeout = aiohttp.ClientTimeout(total=deadline_s)
+        try:
+            async with self._session.request(method, self.url + path, data=body, timeout=timeout) as response:
+                content = await response.read()
+        except TimeoutError as error:
+            raise ServerGone(f"{self.url}{path} did not answer within {deadline_s:g} s") from error
+        except aiohttp.ClientError as error:
+            raise ServerGone(f"{self.url}{path}: {type(error).__name__}: {error}") from error
+        if response.status != 200:
+            raise ServerRefused(_explain(content, response.status))
+        return content
+
+
+async def _events(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """The payloads of server-sent events, up to [DONE]."""
+    kept = bytearray()
+    async for part in stream.iter_any():
+        kept += part
+        while (end := kept.find(b"\n\n")) >= 0:
+            event = bytes(kept[:end])
+            del kept[: end + 2]
+            if event.startswith(EVENT):
+                payload = event[len(EVENT) :]
+                if payload == END_OF_STREAM:
+                    return
+                yield payload
+        if len(kept) > LARGEST_EVENT_BYTES:
+            raise ServerRefused(f"an event of the stream has more than {LARGEST_EVENT_BYTES} bytes")
+    raise ServerGone("the stream broke off")
+
+
+def _parse(kind: type[T], content: bytes) -> T:
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        shown = content[:200].decode("utf-8", "replace")
+        raise ServerRefused(f"reply cannot be read as {kind.__name__.strip('_')}: {shown}") from error
+
+
+class _Problem(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    message: str
+
+
+class _Problems(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    error: _Problem | None = None
+    message: str | None = None
+
+
+def _explain(content: bytes, status: int) -> str:
+    """The server's own words for a refusal."""
+    try:
+        problem = _Problems.model_validate_json(content)
+    except ValidationError:
+        return f"HTTP {status}: {content[:200].decode('utf-8', 'replace')}"
+    text = problem.error.message if problem.error else problem.message
+    return f"HTTP {status}: {text or content[:200].decode('utf-8', 'replace')}"

@@ -1,0 +1,178 @@
+"""What is particular to the embedded engine: its cache, its number formats, the models it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anyio
+import numpy as np
+import orjson
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.engines.embedded.architecture import read_architecture, read_end_tokens
+from actors.engines.embedded.cache import NO_MATCH, Match, Parked, longest_prefix
+from actors.engines.embedded.decoder import Piece, groups
+from actors.engines.embedded.engine import EmbeddedEngine
+from actors.engines.embedded.folder import read_model_weights
+from actors.engines.embedded.parameters import load_parameters
+from matpo.config import EmbeddedEngine as Settings
+from matpo.config import Sampling
+from matpo.errors import UserError
+from protocols.records import Tokens
+from protocols.weights import Tensor, Weights, weights_digest
+from tests.actors.engines.models import END, hugging_face_logprobs, make_model, weights_of
+
+
+def tokens_of(*values: int) -> Tokens:
+    return np.array(values, dtype=np.int32)
+
+
+def rounded(weights: Weights) -> Weights:
+    """The weights in bfloat16."""
+    return {
+        name: Tensor("bfloat16", torch.from_numpy(t.data).to(torch.bfloat16).view(torch.uint16).numpy())
+        for name, t in weights.items()
+    }
+
+
+def test_the_longest_common_prefix_wins_and_never_covers_the_last_token() -> None:
+    known = np.array([[1, 2, 3, 9, 0], [1, 2, 3, 4, 5], [1, 9, 9, 9, 9]], dtype=np.int32)
+    lengths = np.array([4, 5, 5])
+    assert longest_prefix(known, lengths, tokens_of(1, 2, 3, 4, 5, 6)) == Match(1, 5, whole=True)
+    assert longest_prefix(known, lengths, tokens_of(1, 2, 3, 4, 5)) == Match(1, 4, whole=False)
+    assert longest_prefix(known, lengths, tokens_of(1, 2, 8)) == Match(0, 2, whole=False)
+    assert longest_prefix(known, lengths, tokens_of(7, 2)) == NO_MATCH
+    assert longest_prefix(known, lengths, tokens_of(1)) == NO_MATCH
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=5), st.data())
+def test_a_prefix_found_is_as_long_as_the_longest_there_is(rows: list[list[int]], data: st.DataObject) -> None:
+    prompt = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=8))
+    table = np.full((len(rows), 6), -1, dtype=np.int32)
+    for index, row in enumerate(rows):
+        table[index, : len(row)] = row
+    shared = [
+        next(
+            (n for n, (a, b) in enumerate(zip(row, prompt[:-1], strict=False)) if a != b),
+            min(len(row), len(prompt) - 1),
+        )
+        for row in rows
+    ]
+    assert longest_prefix(table, np.array([len(r) for r in rows]), tokens_of(*prompt)).length == max(shared)
+
+
+def test_parked_sequences_make_room_oldest_first_and_a_sequence_that_was_continued_is_given_up() -> None:
+    parked = Parked(entries=3, context=8, budget_tokens=9)
+    values = torch.zeros(1, 8, 1)
+    parked.add(tokens_of(1, 1, 1), values)
+    parked.add(tokens_of(2, 2, 2), values)
+    parked.use(parked.find(tokens_of(1, 1, 5)))  # used in part: kept, and now the newest
+    parked.add(tokens_of(3, 3, 3, 3), values)
+    assert parked.find(tokens_of(2, 2, 2, 2)) == NO_MATCH
+    match = parked.find(tokens_of(1, 1, 1, 4))
+    assert match.whole and match.length == 3
+    parked.use(match)
+    assert parked.find(tokens_of(1, 1, 1, 4)) == NO_MATCH and len(parked) == 1
+    parked.clear()
+    assert len(parked) == 0 and parked.find(tokens_of(3, 3, 3)) == NO_MATCH
+
+
+def test_a_sequence_beyond_the_budget_is_not_parked() -> None:
+    parked = Parked(entries=2, context=8, budget_tokens=3)
+    parked.add(tokens_of(1, 2, 3, 4), torch.zeros(1, 8, 1))
+    assert len(parked) == 0
+
+
+def test_a_long_prompt_is_not_padded_together_with_short_ones() -> None:
+    pieces = [Piece(row, 0, np.zeros(n, dtype=np.int32)) for row, n in enumerate((0, 3, 4, 2, 1, 500, 3, 0))]
+    found = [[len(p.tokens) for p in group] for group in groups(pieces)]
+    assert found == [[0, 3, 4, 2, 1], [500, 3, 0]]  # 6 · 500 > 4 · 510, but 3 · 500 < 4 · 503
+    assert list(groups([Piece(0, 5, np.zeros(0, dtype=np.int32))])) == []
+
+
+async def test_long_and_short_prompts_of_one_round_stay_exact(tmp_path: Path) -> None:
+    model = make_model("qwen3", tmp_path)
+    lengths = (2, 80, 3, 1, 60, 2)
+    prompts = [np.random.default_rng(n).integers(0, END, n).astype(np.int32) for n in lengths]
+    async with EmbeddedEngine.open(tmp_path, Settings(max_batch=8, max_context_tokens=96), seed=0) as engine:
+        answers: dict[int, tuple[Tokens, np.ndarray[tuple[int], np.dtype[np.float32]]]] = {}
+
+        async def one(index: int) -> None:
+            answer = await engine.generate(prompts[index], Sampling(max_tokens=4), deadline_s=60)
+            answers[index] = answer.tokens, answer.logprobs
+
+        async with anyio.create_task_group() as tasks:
+            for index in range(len(prompts)):
+                tasks.start_soon(one, index)
+            await anyio.wait_all_tasks_blocked()
+            await engine.load(weights_of(model), version=0)  # all were waiting: one round admits them together
+    for index, prompt in enumerate(prompts):
+        tokens, logprobs = answers[index]
+        np.testing.assert_allclose(logprobs, hugging_face_logprobs(model, prompt, tokens), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_the_digest_is_read_back_from_what_was_loaded(kind: str, tmp_path: Path) -> None:
+    weights = weights_of(make_model(kind, tmp_path))
+    architecture = read_architecture(tmp_path)
+    for published, dtype in (
+        (weights, torch.float32),
+        (rounded(weights), torch.float32),
+        (rounded(weights), torch.bfloat16),
+    ):
+        loaded = load_parameters(architecture, published, device=torch.device("cpu"), dtype=dtype)
+        assert loaded.digest == weights_digest(published)
+    received = load_parameters(architecture, weights, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert received.digest == weights_digest(weights)  # rounding cannot be undone: that of what was received
+
+
+async def test_a_bfloat16_engine_is_close_to_the_float32_model(tmp_path: Path) -> None:
+    model = make_model("qwen3", tmp_path)
+    prompt = tokens_of(*range(20))
+    async with EmbeddedEngine.open(tmp_path, Settings(dtype="bfloat16", max_context_tokens=64), seed=0) as engine:
+        await engine.load(rounded(weights_of(model)), version=0)
+        answer = await engine.generate(prompt, Sampling(max_tokens=10), deadline_s=60)
+    assert np.abs(answer.logprobs - hugging_face_logprobs(model, prompt, answer.tokens)).mean() < 0.2
+
+
+def test_the_weights_of_a_folder_are_those_of_the_model(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path)
+    assert weights_digest(read_model_weights(tmp_path)) == weights_digest(weights_of(model))
+    with pytest.raises(UserError, match="safetensors"):
+        read_model_weights(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, r"model_type.*llama, qwen2, qwen3"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+    ],
+)
+def test_a_model_that_cannot_be_run_is_refused_by_name(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    make_model("qwen3", tmp_path)
+    file = tmp_path / "config.json"
+    file.write_bytes(orjson.dumps(orjson.loads(file.read_bytes()) | change))
+    with pytest.raises(UserError, match=message):
+        read_architecture(tmp_path)
+
+
+def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> None:
+    make_model("qwen3", tmp_path, ends=True)
+    architecture = read_architecture(tmp_path)
+    (tmp_path / "generation_config.json").write_bytes(orjson.dumps({"eos_token_id": [5, 6]}))
+    assert read_end_tokens(tmp_path, architecture) == (5, 6)
+    (tmp_path / "generation_config.json").unlink()
+    assert read_end_tokens(tmp_path, architecture) == (END,)
+
+
+async def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    make_model("qwen3", tmp_path)
+    with pytest.raises(UserError, match="'nonsense'"):
+        async with EmbeddedEngine.open(tmp_path, Settings(device="nonsense"), seed=0):
+            pass
