@@ -179,9 +179,10 @@ class Player:
             with scope:
                 self._store.put(await self._play(lease, episode))
                 self.counts["finished"] += 1
-        except EPISODE_ERRORS as error:
+        except* EPISODE_ERRORS as errors:  # grouped too: agents run in task groups
             self.counts["failed"] += 1
-            log.exception("episode failed", lease=lease.lease_id, task=lease.task.task_id, reason=str(error))
+            reason = str(errors.exceptions[0]).partition("\n")[0]
+            log.exception("episode failed", lease=lease.lease_id, task=lease.task.task_id, reason=reason)
         finally:
             del held.live[episode]
             self._forget_finished(held)

@@ -51,7 +51,9 @@ class Theatre:
         self.gates[name] = anyio.Event()
         await self.gates[name].wait()
         if lease.lease_id == "broken":
-            raise LookupError("no such template")
+            raise LookupError("no such document")
+        if lease.lease_id == "broken agents":
+            raise ExceptionGroup("agents", [ValueError("no such tool")])
         return small_tree(name, lease_id=lease.lease_id, episode=episode)
 
 
@@ -143,15 +145,16 @@ async def test_what_was_not_begun_of_an_expired_lease_is_given_up_and_what_is_un
 
 async def test_a_failed_episode_ends_neither_the_actor_nor_its_siblings() -> None:
     theatre, shelf = Theatre(), Shelf()
-    async with playing(theatre, shelf, concurrency=2) as player:
-        player.take(lease_of("broken", 1))
-        player.take(lease_of("a", 1))
+    async with playing(theatre, shelf, concurrency=3) as player:
+        for name in ("broken", "broken agents", "a"):
+            player.take(lease_of(name, 1))
         await anyio.wait_all_tasks_blocked()
         theatre.gates["broken/0"].set()
+        theatre.gates["broken agents/0"].set()
         await anyio.wait_all_tasks_blocked()
         theatre.gates["a/0"].set()
         await anyio.wait_all_tasks_blocked()
-        assert player.counts == {"failed": 1, "finished": 1} and player.leases == frozenset()
+        assert player.counts == {"failed": 2, "finished": 1} and player.leases == frozenset()
 
 
 async def test_playing_pauses_while_the_outbox_is_full() -> None:
