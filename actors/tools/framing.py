@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from collections.abc import Callable
 
 import mcp_types as types
-from pydantic import ValidationError
+import orjson
+from pydantic import JsonValue, ValidationError
 
 _HEAD_BYTES = 4_096
 _TAIL_BYTES = 128
@@ -17,10 +20,17 @@ TOO_LARGE = -32_098
 """JSON-RPC error code of the answer we put in place of one over the cap."""
 
 
+Reply = dict[str, JsonValue] | types.ErrorData
+"""The result of a request, or why there is none."""
+Answer = Callable[[int, Reply], bool]
+"""Offered every answer with a numeric id; true when it took it, so that it is no message for the SDK."""
+
+
 class MessageFraming:
     """Cuts a server's stdout into messages. Junk lines, invalid UTF-8 and oversize lines cost only themselves."""
 
-    def __init__(self, max_line_bytes: int) -> None:
+    def __init__(self, max_line_bytes: int, answer: Answer | None = None) -> None:
+        self._answer = answer
         self._max = max_line_bytes
         self._parts: list[bytes] = []
         self._size = 0
@@ -58,15 +68,42 @@ class MessageFraming:
                 self.skipped["not JSON"] += 1
             return None
         try:
-            line.decode("utf-8")
-        except UnicodeDecodeError:
-            self.skipped["invalid UTF-8"] += 1
-            line = line.decode("utf-8", "replace").encode()
+            content = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            content = self._repaired(line)
+        if not isinstance(content, dict):
+            return None
+        if self._answered(content):
+            return None
         try:
-            return clean_listing(types.jsonrpc_message_adapter.validate_json(line, by_name=False))
+            return clean_listing(types.jsonrpc_message_adapter.validate_python(content, by_name=False))
         except ValidationError:
             self.skipped["not a message"] += 1
             return None
+
+    def _repaired(self, line: bytes) -> JsonValue:
+        """A line that is JSON but for its UTF-8; None, counted, for any other."""
+        text = line.decode("utf-8", "replace")
+        try:
+            content: JsonValue = json.loads(text)
+        except (ValueError, RecursionError):
+            self.skipped["not JSON"] += 1
+            return None
+        self.skipped["invalid UTF-8"] += 1
+        return content
+
+    def _answered(self, content: dict[str, JsonValue]) -> bool:
+        """Whether it was an answer that a waiting call took."""
+        request_id, result = content.get("id"), content.get("result")
+        if self._answer is None or not isinstance(request_id, int) or "method" in content:
+            return False
+        if isinstance(result, dict):
+            return self._answer(request_id, result)
+        try:
+            error = types.ErrorData.model_validate(content.get("error"))
+        except ValidationError:
+            error = types.ErrorData(code=types.INTERNAL_ERROR, message="the answer has neither a result nor an error")
+        return self._answer(request_id, error)
 
     def _oversize(self) -> types.JSONRPCMessage | None:
         self.skipped["too large"] += 1
@@ -74,11 +111,10 @@ class MessageFraming:
         self._tail = b""
         if found is None:
             return None
-        return types.JSONRPCError(
-            jsonrpc="2.0",
-            id=int(found[1]),
-            error=types.ErrorData(code=TOO_LARGE, message=f"the answer was larger than {self._max:,} bytes"),
-        )
+        error = types.ErrorData(code=TOO_LARGE, message=f"the answer was larger than {self._max:,} bytes")
+        if self._answer is not None and self._answer(int(found[1]), error):
+            return None
+        return types.JSONRPCError(jsonrpc="2.0", id=int(found[1]), error=error)
 
 
 def clean_listing(message: types.JSONRPCMessage) -> types.JSONRPCMessage:

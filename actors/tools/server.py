@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 
 import anyio
 import httpx2
@@ -17,7 +17,6 @@ from pydantic import JsonValue, ValidationError
 from actors.tools.framing import DROPPED, TOO_LARGE
 from actors.tools.http import TRANSPORT_FAILED, http_streams
 from actors.tools.stdio import Command, ServerProcess, start_process
-from actors.tools.streams import Streams
 from matpo.config import McpServer
 from matpo.errors import UserError
 
@@ -27,6 +26,7 @@ FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 30.0
 SILENT_TIMEOUTS = 3
 """Timed-out calls in a row, without a byte from the server, after which it is restarted."""
+NO_ANSWER = "no answer"
 MAX_PAGES = 100
 """Pages of tools/list read from one server."""
 
@@ -62,7 +62,8 @@ class ToolServer:
         self._entry = entry
         self._extras = entry.matpo
         self._slots = anyio.Semaphore(self._extras.max_inflight, fast_acquire=True)
-        self._mode = "auto"
+        self._handshake = True
+        self._first_failure = ""
         self._session: ClientSession | None = None
         self._process: ServerProcess | None = None
         self._changed = anyio.Event()
@@ -84,11 +85,12 @@ class ToolServer:
         while True:
             failure = await self._connect_once()
             if not self._started.is_set():
-                if self._mode == "auto" and self._entry.command is not None and "no answer" not in failure:
-                    # Old servers may exit on a first message that is not `initialize`: start them again as such.
-                    self._mode = "legacy"
+                if self._handshake and self._entry.command is not None and not failure.startswith(NO_ANSWER):
+                    # Nearly every server knows the handshake; one that refuses it may be of the newer, stateless kind.
+                    self._handshake = False
+                    self._first_failure = failure
                     continue
-                self._refusal = UserError(self._why_not_started(failure))
+                self._refusal = UserError(self._why_not_started(self._first_failure or failure))
                 self._started.set()
                 return
             self._failures += 1
@@ -169,17 +171,14 @@ class ToolServer:
         """Hold one connection until it is lost; returns why it ended."""
         with anyio.CancelScope(deadline=anyio.current_time() + self._extras.start_timeout_s) as scope:
             try:
-                # The SDK lets only the task that opened a client close it, so all of it happens in this one.
-                async with (
-                    self._transport() as streams,
-                    Client(nullcontext(streams), mode=self._mode) as client,
-                ):
-                    tools = await self._list(client.session)
+                # The SDK lets only the task that opened a session close it, so all of it happens in this one.
+                async with self._open_session() as session:
+                    tools = await self._list(session)
                     scope.deadline = math.inf
-                    self._up(client, tools)
+                    self._up(session, tools)
                     await self._lost.wait()
                     return "it answers nothing" if self._silent_timeouts else "the connection ended"
-            except CONNECTION_ERRORS as error:
+            except (*CONNECTION_ERRORS, ToolFailed) as error:
                 return f"{error}" or type(error).__name__
             except ExceptionGroup as group:
                 _, unknown = group.split(CONNECTION_ERRORS)
@@ -189,15 +188,14 @@ class ToolServer:
             finally:
                 self._session = None
                 self._silent_timeouts = 0
-        return f"no answer within {self._extras.start_timeout_s:g} s"
+        return f"{NO_ANSWER} within {self._extras.start_timeout_s:g} s"
 
-    def _up(self, client: Client, tools: tuple[types.Tool, ...]) -> None:
+    def _up(self, session: ClientSession, tools: tuple[types.Tool, ...]) -> None:
         if not self._started.is_set():
             self.tools = tools
         elif missing := {tool.name for tool in self.tools} - {tool.name for tool in tools}:
             _log.warning("tool server came back without some tools", server=self.name, missing=sorted(missing))
-        self._mode = "legacy" if client.session.discover_result is None else "auto"
-        self._session = client.session
+        self._session = session
         self._started.set()
         self._notify()
 
@@ -222,39 +220,53 @@ class ToolServer:
         return tool not in self._extras.deny and (not self._extras.allow or tool in self._extras.allow)
 
     @asynccontextmanager
-    async def _transport(self) -> AsyncIterator[Streams]:
+    async def _open_session(self) -> AsyncIterator[ClientSession]:
         lost = self._lost = anyio.Event()
         extras = self._extras
         # JSON escapes may take six bytes a character; past that and some head-room the answer is a flood.
         most = 1_048_576 + 6 * extras.max_result_bytes
         if self._entry.command is None:
             assert self._entry.url is not None, "an entry has a command or a url"
-            async with http_streams(
+            streams = http_streams(
                 self._entry.url,
                 self._entry.headers,
                 timeout_s=max(extras.timeout_s, extras.start_timeout_s),
                 max_inflight=extras.max_inflight,
                 max_body_bytes=most,
-            ) as streams:
-                yield streams
+            )
+            async with Client(streams, mode="auto") as client:
+                yield client.session
             return
-        argv = (self._entry.command, *self._entry.args)
-        command = Command(argv=argv, env=self._entry.env, cwd=self._entry.cwd, max_line_bytes=most)
 
         def ended() -> None:
             # The last words of an earlier process must not end the connection to its successor.
             if self._lost is lost:
                 self._lose()
 
-        async with start_process(command, on_end=ended) as (process, outbox):
+        argv = (self._entry.command, *self._entry.args)
+        command = Command(argv=argv, env=self._entry.env, cwd=self._entry.cwd, max_line_bytes=most)
+        async with start_process(command, on_end=ended) as (process, calls):
             self._process = process
-            yield process.inbox, outbox
-            await process.drain_stderr()
+            try:
+                async with ClientSession(dispatcher=calls) as session:
+                    await self._negotiate(session)
+                    yield session
+            finally:
+                await process.drain_stderr()
+
+    async def _negotiate(self, session: ClientSession) -> None:
+        if not self._handshake:
+            await session.discover()
+            return
+        try:
+            await session.initialize()
+        except RuntimeError as error:
+            raise ToolFailed(str(error)) from error  # a protocol version of before the SDK's oldest
 
     def _why_not_started(self, failure: str) -> str:
         if self._entry.command is None:
             return f"tool server {self.name!r} at {self._entry.url} did not start: {failure}; is it running?"
         words = self._process.last_words() if self._process is not None else ""
         command = " ".join((self._entry.command, *self._entry.args))
-        said = f"; its last lines: {words}" if words else ""
+        said = f"; its last lines: {words}" if words else "; it said nothing: run it by hand to see why"
         return f"tool server {self.name!r} did not start: {failure}; command: {command}{said}"

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import anyio
 from mcp.client.stdio import get_default_environment
 
-from actors.tools.framing import MessageFraming
+from actors.tools.calls import CallDispatcher
+from actors.tools.framing import MessageFraming, Reply
 from actors.tools.streams import Inbox, Outbox
 
 STDERR_LINES = 20
@@ -39,7 +40,8 @@ class ServerProcess(asyncio.SubprocessProtocol):
 
     def __init__(self, max_line_bytes: int, on_end: Callable[[], None]) -> None:
         self.inbox = Inbox()
-        self.framing = MessageFraming(max_line_bytes)
+        self.calls: CallDispatcher | None = None
+        self.framing = MessageFraming(max_line_bytes, self._answer)
         self.exited = anyio.Event()
         self.last_output_at = asyncio.get_running_loop().time()
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
@@ -84,13 +86,20 @@ class ServerProcess(asyncio.SubprocessProtocol):
         with anyio.move_on_after(0.5):
             await self._drained.wait()
 
+    def _answer(self, request_id: int, reply: Reply) -> bool:
+        return self.calls is not None and self.calls.answer(request_id, reply)
+
     def _end(self) -> None:
+        if self.calls is not None:
+            self.calls.end()
         self.inbox.end()
         self._on_end()
 
 
 @asynccontextmanager
-async def start_process(command: Command, *, on_end: Callable[[], None]) -> AsyncIterator[tuple[ServerProcess, Outbox]]:
+async def start_process(
+    command: Command, *, on_end: Callable[[], None]
+) -> AsyncIterator[tuple[ServerProcess, CallDispatcher]]:
     """Run a server in its own process group for the length of the block; `on_end` is called when its output ends.
 
     Raises `OSError` when it cannot be started.
@@ -106,8 +115,9 @@ async def start_process(command: Command, *, on_end: Callable[[], None]) -> Asyn
     stdin = transport.get_pipe_transport(0)
     # uvloop's transports are no subclasses of asyncio's, so there is nothing to narrow by isinstance.
     outbox = Outbox(stdin)  # type: ignore[arg-type]
+    process.calls = CallDispatcher(process.inbox, outbox)
     try:
-        yield process, outbox
+        yield process, process.calls
     finally:
         with anyio.CancelScope(shield=True):
             await _stop(transport, process, outbox)

@@ -85,9 +85,13 @@ class Outbox(_Closing):
 
     async def send(self, item: SessionMessage, /) -> None:
         """Queue one message. Raises `anyio.BrokenResourceError` when the server is gone or does not read."""
+        self.write(item.message.model_dump_json(by_alias=True, exclude_unset=True).encode())
+
+    def write(self, line: bytes) -> None:
+        """Queue one line. Raises like `send`."""
         if self._pipe.is_closing() or self._pipe.get_write_buffer_size() > MAX_UNSENT_BYTES:
             raise anyio.BrokenResourceError
-        self._pipe.write(item.message.model_dump_json(by_alias=True, exclude_unset=True).encode() + b"\n")
+        self._pipe.write(line + b"\n")
 
     async def aclose(self) -> None:
         """The SDK is done writing; what is queued is still written, then the server sees the end of its input."""

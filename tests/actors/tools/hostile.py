@@ -28,6 +28,8 @@ SCHEMA = {"type": "object", "properties": {"text": {"type": "string"}}, "require
 TOOLS = ("echo", "crash", "crash_once", "hang", "flood", "flood_id_last", "junk", "bad_utf8", "slow", "picture",
          "refuse", "tool_error", "lie", "pid", "peak", "environment")  # fmt: skip
 
+MODERN: Message = {"resultType": "complete", "ttlMs": 0, "cacheScope": "private"}
+
 lock = threading.Lock()
 live = 0
 peak = 0
@@ -52,6 +54,8 @@ def text(value: str, **more: bool) -> Message:
 def answer(request: Call, options: argparse.Namespace) -> None:
     name, arguments = request["params"]["name"], request["params"].get("arguments", {})
     result = text(arguments.get("text", ""))
+    if options.modern:
+        result["resultType"] = "complete"
     if name == "crash":
         os._exit(7)
     if name == "crash_once":
@@ -128,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--bad-schema", action="store_true")
     parser.add_argument("--strict", action="store_true", help="exit when the first message is not initialize")
+    parser.add_argument("--modern", action="store_true", help="know no handshake, only protocol 2026-07-28")
     parser.add_argument("--slow-start", type=float, default=0.0)
     parser.add_argument("--die", default="", help="say this on stderr and exit")
     parser.add_argument("--only-once", default="", help="a file; when it exists the server does not start again")
@@ -152,7 +157,12 @@ def main() -> None:
         first = False
         if "id" not in request:
             continue
-        if method == "initialize":
+        if options.modern and method == "server/discover":
+            result = {"supportedVersions": ["2026-07-28"], "capabilities": {"tools": {}}, **MODERN}
+            send({"jsonrpc": "2.0", "id": request["id"], "result": result})
+        elif options.modern and method == "tools/list":
+            send({"jsonrpc": "2.0", "id": request["id"], "result": {**listing(options), **MODERN}})
+        elif method == "initialize" and not options.modern:
             result = {
                 "protocolVersion": "2025-06-18",
                 "capabilities": {"tools": {}},

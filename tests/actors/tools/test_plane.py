@@ -153,9 +153,11 @@ async def test_one_bad_schema_drops_that_tool_and_not_the_server() -> None:
         assert not {"bad", "worse", "crash"} & set(names)
 
 
-async def test_a_server_that_only_knows_initialize_is_started_again_the_old_way() -> None:
-    async with hostile("--strict") as plane:
+@pytest.mark.parametrize("generation", ["--strict", "--modern"])
+async def test_servers_that_know_only_the_old_or_only_the_new_protocol_both_work(generation: str) -> None:
+    async with hostile(generation) as plane:
         assert (await call(plane, "echo")).text == "hello"
+        assert (await call(plane, "refuse")).outcome == "model_error"
 
 
 async def test_no_more_calls_than_max_inflight_reach_a_server_at_once() -> None:
