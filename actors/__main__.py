@@ -46,7 +46,7 @@ class Place:
     hub: str
     state: Path
     actor_id: str
-    patience_s: float = 30.0
+    patience_s: float = 20.0
     """How long the hub may take to let the actor in."""
 
 

@@ -26,7 +26,7 @@ from matpo.datasets.load import load_tasks
 from matpo.errors import UserError, run_command
 from matpo.load import load_config
 from matpo.logs import configure_logs
-from matpo.model_files import model_folder
+from matpo.model_files import model_folder, require_model_files
 from protocols.records import EpisodeTree, Task
 
 
@@ -146,7 +146,7 @@ def run() -> int:
     config = load_config(given.config, [*given.overrides, *chosen])
     if given.repeats < 1:
         raise UserError(f"--repeats {given.repeats} must be at least 1")
-    model_folder(config.model)
+    require_model_files(config.model)
     tasks = load_tasks(config.data.evaluation, seed=config.run.seed)[: config.evaluation.questions]
     if not tasks:
         raise UserError(f"there is nothing to play: evaluation.questions = {config.evaluation.questions}")

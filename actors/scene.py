@@ -99,7 +99,10 @@ class Stage:
     def _prepare(self, name: str, hidden: frozenset[str], purpose: Purpose) -> Part:
         episode = self.config.episode
         role = episode.roles[name]
-        offers = {spec.name: _offer(spec) for spec in self.tools.specs(role.tools, hidden=hidden)}
+        try:
+            offers = {spec.name: _offer(spec) for spec in self.tools.specs(role.tools, hidden=hidden)}
+        except UserError as error:
+            raise UserError(f"episode.roles.{name}.tools: {error}") from error
         for callee in role.delegates:
             if callee in offers:
                 raise UserError(

@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("config", type=Path, nargs="?", help="TOML file; not needed with --run")
     parser.add_argument("override", nargs="*", help="section.key=value")
     parser.add_argument("--run", type=Path, metavar="RUN", help="start or go on in this run's folder")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     folder = prepare(options.config, options.override, options.run)
     load_config(folder.config)
     configure_logs(folder.log("learner"), "learner")
@@ -51,7 +51,9 @@ def prepare(config: Path | None, overrides: Sequence[str], run: Path | None) -> 
     if run is not None and (run / "config.json").is_file():
         if overrides:
             raise UserError("--run of an existing run takes no overrides: a run keeps the settings it started with")
-        return RunFolder.existing(run)
+        folder = RunFolder.existing(run)
+        folder.require_free()
+        return folder
     if config is None:
         raise UserError("give a config file, for example configs/quickstart.toml, or --run with a run's folder")
     settings = load_config(config, overrides)

@@ -90,6 +90,14 @@ class RunFolder:
     def trace(self, name: str) -> Path:
         return self.path / "traces" / f"{name}.json"
 
+    def require_free(self) -> None:
+        """Refuse to run twice in one folder."""
+        address = self.hub_address()
+        if address is not None:
+            raise UserError(
+                f"run {str(self.path)!r} is already going on (hub process {address.pid}); wait for it or stop it first"
+            )
+
     def hub_address(self) -> HubAddress | None:
         """Where the hub listens, or None while no hub of this run is alive."""
         if not self.hub.is_file():

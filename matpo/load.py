@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, JsonValue, ValidationError
@@ -65,6 +65,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         known = _fields_at(model, location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(sorted(known)) or 'none'}"
+        if location[-2:-1] and not close and location[-2] in _kinds(_nodes_at(model, location[:-2])):
+            hint += f'; to change the kind, replace the section: {".".join(location[:-2])}={{kind="…", …}}'
         return f"unknown option {key} = {first['input']!r}; {hint}{more}"
     if first["type"] == "missing":
         return f"option {key} is missing; set it{more}"
@@ -82,6 +84,12 @@ def _tags_at(model: type[BaseModel], location: Sequence[str], tag: str) -> list[
     return sorted(str(constant) for constant in constants if constant is not None)
 
 
+def _kinds(nodes: Iterable[Tree]) -> set[str]:
+    """The fixed values among the fields: what tells the members of a union apart."""
+    constants = (field.get("const") for node in nodes for field in _properties(node).values())
+    return {str(constant) for constant in constants if constant is not None}
+
+
 def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
     """Names of the options a section has; for a union of sections, of all its members."""
     return sorted({name for node in _nodes_at(model, location) for name in _properties(node)})
@@ -97,7 +105,7 @@ def _nodes_at(model: type[BaseModel], location: Sequence[str]) -> list[Tree]:
             child = _properties(node).get(part) or node.get("additionalProperties")
             if isinstance(child, dict):
                 following += _resolve(child, definitions)
-        nodes = following or nodes
+        nodes = following or [node for node in nodes if part in _kinds([node])] or nodes
     return nodes
 
 

@@ -22,6 +22,14 @@ def model_folder(model: Model) -> Path:
     return path
 
 
+def require_model_files(model: Model) -> None:
+    """Check that everything a run reads from the model's folder is there, before any process starts."""
+    folder = model_folder(model)
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"model.path {str(folder)!r} holds no .safetensors file; give a folder with weights")
+    tokenizer_digest(model)
+
+
 def chat_template(model: Model) -> str | None:
     """The text of the chat template that replaces the tokenizer's own, if one is configured."""
     if model.chat_template is None:
@@ -34,6 +42,10 @@ def chat_template(model: Model) -> str | None:
 def tokenizer_digest(model: Model) -> str:
     """Digest of everything that turns text into tokens; actor and learner must agree on it."""
     folder = model_folder(model)
+    if not (folder / TOKENIZER_FILES[0]).is_file():
+        raise UserError(
+            f"model.path {str(folder)!r} holds no {TOKENIZER_FILES[0]}; copy the tokenizer's files beside the weights"
+        )
     digest = hashlib.sha256()
     for name in TOKENIZER_FILES:
         file = folder / name

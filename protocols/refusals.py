@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,6 +110,21 @@ def check_endpoint(endpoint: str, keys: HubKeys | ActorKeys | None) -> None:
         raise ChannelError(f"{endpoint!r} is not an address; expected tcp://HOST:PORT or ipc://PATH")
     if keys is None and not is_local(endpoint):
         raise KeysNeeded(endpoint)
+
+
+def check_listen(endpoint: str, keys: HubKeys | None) -> None:
+    """Raise what listening there would raise, before anything is started. Nobody may take the address meanwhile."""
+    check_endpoint(endpoint, keys)
+    parts = urlsplit(endpoint)
+    if parts.scheme != "tcp" or not parts.port:
+        return
+    host = "" if parts.hostname in (None, "*") else str(parts.hostname)
+    try:
+        socket.create_server((host, parts.port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except socket.gaierror:
+        return  # ZeroMQ also takes the name of an interface
+    except OSError as error:
+        raise CannotListen(endpoint, error.strerror or str(error)) from error
 
 
 def check_identity(identity: str) -> None:

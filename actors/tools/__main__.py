@@ -1,4 +1,4 @@
-"""`matpo tools list|call`: see what the configured MCP servers offer, and try a tool by hand."""
+"""`matpo tools list|check|call`: see what the configured MCP servers offer, and try a tool by hand."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("config", type=Path)
     listing.add_argument("override", nargs="*", help="section.key=value")
     listing.add_argument("--json", action="store_true", help="names, descriptions and whole schemas as JSON")
+    checking = commands.add_parser("check", help="start every configured server and look up each role's tools")
+    checking.add_argument("config", type=Path)
+    checking.add_argument("override", nargs="*", help="section.key=value")
     calling = commands.add_parser("call", help="call one tool and print what the model would read")
     calling.add_argument("config", type=Path)
     calling.add_argument("tool", help="as the model calls it; see `list`")
@@ -71,6 +74,16 @@ def _signature(properties: JsonValue, required: JsonValue) -> str:
     )
 
 
+async def _check(config: Config, folder: Path) -> int:
+    async with ToolPlane.open(config.tools, variables=tool_variables(config, folder=folder)) as plane:
+        for name, role in config.episode.roles.items():
+            try:
+                plane.specs(role.tools)
+            except UserError as error:
+                raise UserError(f"episode.roles.{name}.tools: {error}") from error
+    return 0
+
+
 async def _call(config: Config, folder: Path, *, tool: str, arguments: dict[str, JsonValue]) -> int:
     async with ToolPlane.open(config.tools, variables=tool_variables(config, folder=folder)) as plane:
         result = await plane.call(tool, arguments)
@@ -101,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="matpo-tools-") as folder:
         if options.command == "list":
             return asyncio.run(_list(config, Path(folder), as_json=options.json))
+        if options.command == "check":
+            return asyncio.run(_check(config, Path(folder)))
         arguments = _arguments(options.arguments)
         return asyncio.run(_call(config, Path(folder), tool=options.tool, arguments=arguments))
 

@@ -62,6 +62,8 @@ class Children:
         code = await process.wait()
         self.alive.pop("learner", None)
         finished.set()
+        if code == USER_ERROR:
+            raise UserError(self.last_words("learner"))
         if code != 0 and not self.stopping:
             raise UserError(f"the learner ended with code {code}: {self.last_words('learner')}")
 
@@ -135,15 +137,6 @@ class Children:
 
     def _actor_threads(self) -> int:
         return self.config.actor.engine.threads
-
-
-def require_free(folder: RunFolder) -> None:
-    """Refuse to run twice in one folder."""
-    address = folder.hub_address()
-    if address is not None:
-        raise UserError(
-            f"run {str(folder.path)!r} is already going on (hub process {address.pid}); wait for it or stop it first"
-        )
 
 
 def shown_path(path: Path) -> str:

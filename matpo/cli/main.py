@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,13 +27,18 @@ def main() -> None:
 def dispatch(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     parsed, rest = _parser().parse_known_args(arguments)
-    if rest and parsed.command not in PASSED_ON:
-        raise UserError(f"unknown argument {rest[0]!r}; `matpo {parsed.command} --help` lists what there is")
+    # Overrides after an option arrive in `rest`: argparse fills a list of positionals only once.
+    overridden = parsed.command in ("run", "config")
+    strays = [word for word in rest if not overridden or word.startswith("-") or "=" not in word]
+    if strays and parsed.command not in PASSED_ON:
+        close = difflib.get_close_matches(strays[0], ("--dry-run", "--resume", "--help"), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UserError(f"unknown argument {strays[0]!r}; {hint}`matpo {parsed.command} --help` lists what there is")
     match parsed.command:
         case "run":
-            return run(parsed.config, parsed.override, resume=parsed.resume, dry_run=parsed.dry_run)
+            return run(parsed.config, [*parsed.override, *rest], resume=parsed.resume, dry_run=parsed.dry_run)
         case "config":
-            config = load_config(parsed.config, parsed.override)
+            config = load_config(parsed.config, [*parsed.override, *rest])
             text = orjson.dumps(config.model_dump(mode="json"), option=orjson.OPT_INDENT_2).decode()
             sys.stdout.write(text + "\n")
             return 0
@@ -59,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("config", type=Path, help="TOML file, for example configs/quickstart.toml")
     command.add_argument("override", nargs="*", help="section.key=value, for example learner.lr=1e-4")
     command.add_argument("--resume", type=Path, metavar="RUN", help="go on in the folder of an earlier run")
-    command.add_argument("--dry-run", action="store_true", help="check everything that can be checked, start nothing")
+    command.add_argument(
+        "--dry-run", action="store_true", help="check settings, files, address and tool servers, then stop"
+    )
 
     command = commands.add_parser("config", help="print the resolved settings, or say what is wrong with them")
     command.add_argument("config", type=Path)
@@ -70,5 +78,5 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("doctor", help="who waits on whom, the ledger, the staleness forecast", add_help=False)
     commands.add_parser("replay", help="train again from a run's journal alone", add_help=False)
     commands.add_parser("eval", help="play the evaluation questions without training", add_help=False)
-    commands.add_parser("tools", help="list | call the tools of the configured MCP servers", add_help=False)
+    commands.add_parser("tools", help="list | check | call the tools of the configured MCP servers", add_help=False)
     return parser

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import anyio
 from rich.console import Console
 
-from matpo.cli.children import Children, require_free, shown_path
+from matpo.cli.children import Children, shown_path
 from matpo.cli.display import Display
 from matpo.cli.report import print_report
 from matpo.config import Config
@@ -18,25 +20,29 @@ from matpo.datasets.load import load_tasks
 from matpo.errors import UserError
 from matpo.folder import RunFolder
 from matpo.load import load_config
-from matpo.model_files import model_folder, tokenizer_digest
+from matpo.model_files import require_model_files
+from protocols.keys import BadKeys, HubKeys
+from protocols.refusals import ChannelError, check_listen
 
 INTERRUPTED = 130
 
 
 def run(config_path: Path, overrides: Sequence[str], *, resume: Path | None, dry_run: bool) -> int:
     """Train as `config_path` says and print the outcome; returns the exit code."""
-    config = load_config(config_path, overrides)
-    check(config)
-    if dry_run:
-        Console().print(f"{config_path}: everything that can be checked without starting is in order")
-        return 0
     if resume is not None and overrides:
         raise UserError("--resume takes no overrides: a run keeps the settings it started with")
-    folder = RunFolder.create(config) if resume is None else RunFolder.existing(resume)
-    if resume is not None:
-        config = load_config(folder.config)
-    require_free(folder)
+    old = None if resume is None else RunFolder.existing(resume)
+    if old is not None:
+        old.require_free()
+    config = load_config(config_path, overrides) if old is None else load_config(old.config)
+    check(config)
     console = Console()
+    if dry_run:
+        code = check_tools(config_path, overrides)
+        if code == 0:
+            console.print(f"{config_path}: everything that can be checked without training is in order")
+        return code
+    folder = old if old is not None else RunFolder.create(config)
     console.print(f"run folder [bold]{shown_path(folder.path)}[/bold]  (Ctrl-C stops and saves)")
     began = time.monotonic()
     interrupted = _unwrap(lambda: anyio.run(_supervise, config, folder, console, backend_options={"use_uvloop": True}))
@@ -49,11 +55,20 @@ def run(config_path: Path, overrides: Sequence[str], *, resume: Path | None, dry
 
 
 def check(config: Config) -> None:
-    """Find what is wrong before any process starts: model files, tokenizer, datasets."""
-    model_folder(config.model)
-    tokenizer_digest(config.model)
+    """Find what is wrong before any process starts: model files, datasets, the address to listen on and its keys."""
+    require_model_files(config.model)
     for dataset in (config.data.train, config.data.evaluation):
         load_tasks(dataset, seed=config.run.seed)
+    try:
+        check_listen(config.hub.listen, None if config.hub.key_dir is None else HubKeys.load(config.hub.key_dir))
+    except (ChannelError, BadKeys) as error:
+        raise UserError(str(error)) from error
+
+
+def check_tools(config_path: Path, overrides: Sequence[str]) -> int:
+    """Start the tool servers once, in a process of their own, and look up every role's tools; returns its exit code."""
+    command = [sys.executable, "-m", "actors.tools", "check", str(config_path), *overrides]
+    return subprocess.run(command, check=False).returncode
 
 
 async def _supervise(config: Config, folder: RunFolder, console: Console) -> bool:
