@@ -68,7 +68,9 @@ def score_and_backward(head: Head, hidden_NE: Tensor, batch: MicroBatch, loss: C
         logp_T[sampled], entropy_T[sampled] = chosen_T.detach(), entropy_C[which]
         # d log π / d logits = onehot − p, divided by the temperature that scaled the logits.
         slope_C1 = (slope_C / batch.temperature_K[scored])[:, None]
-        grad_CV = probability_CV.mul_(-slope_C1).scatter_add_(1, target, slope_C1).to(head.dtype)
+        slope_CV = probability_CV.mul_(-slope_C1)
+        slope_CV[torch.arange(len(target), device=target.device), target.squeeze(1)] += slope_C1.squeeze(1)
+        grad_CV = slope_CV.to(head.dtype)
         hidden_grad_NE.index_add_(0, predictor, (grad_CV @ weight_VE).float())
         head.weight.grad += grad_CV.T @ hidden_CE
         if head.bias is not None and head.bias.grad is not None:

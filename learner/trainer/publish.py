@@ -40,6 +40,8 @@ class Publisher:
         self._keyframe_every = keyframe_every
         self._keyframe: tuple[int, Weights] | None = None
         self._last: tuple[int, Weights] | None = None
+        self._moving_slowly = True
+        """False once changes were no smaller than the weights, until the next scheduled keyframe."""
 
     def publish(self, parameters: Mapping[str, torch.nn.Parameter], *, version: int) -> Publish:
         """Write the objects of `version` (durably, before anyone hears of them) and return the announcement."""
@@ -51,7 +53,9 @@ class Publisher:
         return Publish(version=version, digest=weights_digest(weights), objects=objects)
 
     def _objects(self, weights: Weights, version: int) -> tuple[WeightObject, ...]:
-        if self._keyframe is None or self._last is None or step_of(version) % self._keyframe_every == 0:
+        scheduled = step_of(version) % self._keyframe_every == 0
+        self._moving_slowly |= scheduled
+        if self._keyframe is None or self._last is None or scheduled or not self._moving_slowly:
             return (self._whole(weights, version),)
         base, before = self._last
         delta = self._change("delta", before, weights, base=base, version=version)
@@ -63,6 +67,7 @@ class Publisher:
         whole_bytes = sum(tensor.data.nbytes for tensor in weights.values())
         if max(item.size_bytes for item in smaller) < whole_bytes // 2:
             return smaller
+        self._moving_slowly = False
         for item in smaller:
             (self._folder / item.name).unlink()
         return (self._whole(weights, version),)
