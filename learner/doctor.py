@@ -28,6 +28,7 @@ from matpo.metrics import read_metrics
 from protocols.messages import Wait
 from protocols.records import Record
 
+TAIL_BYTES = 2**20
 WAITS: TypeAdapter[tuple[Wait, ...]] = TypeAdapter(tuple[Wait, ...])
 
 
@@ -46,7 +47,7 @@ class Report(Record):
     checks: tuple[Check, ...]
     adds_up: bool
     waits: tuple[Wait, ...]
-    """As of the hub's last status; a live run's are brought up to now."""
+    """As of the hub's last status; a live run's are brought up to now, a dead run's are those it died with."""
     stalls: int
     """Waits beyond their limit."""
     staleness_mean: float | None
@@ -69,7 +70,7 @@ def examine(folder: RunFolder, *, now: float) -> Report:
     state = "live" if address is not None else "complete" if folder.summary.is_file() else "dead"
     status = last_status(folder)
     age_s = None if status is None else max(0.0, now - _number(status["time"]))
-    waits = _waits(status, extra_s=age_s or 0.0) if status is not None and state == "live" else ()
+    waits = _waits(status, extra_s=(age_s or 0.0) if state == "live" else 0.0) if state != "complete" else ()
     if state == "live" and age_s is not None and age_s > 5 * config.hub.heartbeat_s:
         remedy = f"process {address.pid if address else '?'} is frozen or overloaded; see logs/hub.jsonl or restart it"
         silent = Wait(who="everybody", what="the hub", since_s=age_s, limit_s=5 * config.hub.heartbeat_s, remedy=remedy)
@@ -105,9 +106,14 @@ def expected(config: Config) -> Forecast:
 
 
 def last_status(folder: RunFolder) -> dict[str, JsonValue] | None:
-    """The hub's last line in metrics.jsonl."""
-    found = None
-    for _, line in read_metrics(folder.metrics):
+    """The hub's last line in metrics.jsonl, looked for in the last `TAIL_BYTES` of the file."""
+    found, start = None, 0
+    size = folder.metrics.stat().st_size if folder.metrics.is_file() else 0
+    if size > TAIL_BYTES:
+        with folder.metrics.open("rb") as file:
+            file.seek(size - TAIL_BYTES)
+            start = size - TAIL_BYTES + len(file.readline())
+    for _, line in read_metrics(folder.metrics, offset=start):
         if line["stage"] == "hub":
             found = line
     return found
@@ -139,7 +145,8 @@ def show(report: Report, console: Console) -> None:
         console.print(f"[green]the ledger adds up[/green] ({len(report.checks)} sums)")
     for wait in report.waits:
         mark = "[bold red]STALL[/bold red] " if wait.since_s > wait.limit_s else ""
-        console.print(f"{mark}{wait.who} waits for {wait.what} since {wait.since_s:.0f} s: {wait.remedy}")
+        verb = "waits" if report.state == "live" else "waited"
+        console.print(f"{mark}{wait.who} {verb} {wait.since_s:.0f} s for {wait.what}: {wait.remedy}")
     if not report.waits and report.state == "live":
         console.print("nobody waits")
     if report.refused:
@@ -166,8 +173,10 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _waits(status: dict[str, JsonValue], *, extra_s: float) -> tuple[Wait, ...]:
+def _waits(status: dict[str, JsonValue] | None, *, extra_s: float) -> tuple[Wait, ...]:
     """The waits of a status line, grown by the time since it was written."""
+    if status is None:
+        return ()
     waits = WAITS.validate_python(status["waits"])
     return tuple(wait.model_copy(update={"since_s": round(wait.since_s + extra_s, 1)}) for wait in waits)
 

@@ -28,7 +28,7 @@ from protocols.records import (
 
 __all__ = ["FRAMES", "Frame", "MalformedTree", "TreeHeader", "decode_header", "decode_tree", "encode_tree"]
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
 Model = TypeVar("Model", bound=Record)
 
 FRAMES: Final = 8

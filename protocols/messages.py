@@ -14,7 +14,11 @@ PROTOCOL = 1
 MAX_CHUNK_BYTES = 64 * 2**20
 """Most bytes one request may ask for; 4 MiB at a time is what measured best."""
 
-Count = Annotated[int, Field(ge=0)]
+LARGEST = 2**53
+"""JSON readers and SQLite hold every whole number up to here exactly."""
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+MaybeVersion = Annotated[int, Field(ge=-1, le=LARGEST)]
+"""A version, or -1 for none yet."""
 Purpose = Literal["train", "eval"]
 RefuseReason = Literal[
     "malformed", "oversized", "unknown_peer", "wrong_protocol", "wrong_config",
@@ -82,7 +86,7 @@ class Heartbeat(Record):
 
     kind: Literal["heartbeat"] = "heartbeat"
     leases: tuple[str, ...]
-    version: int
+    version: MaybeVersion
     """Weights the engine holds; -1 for none yet."""
     live_episodes: Count
     outbox_trees: Count
@@ -104,7 +108,7 @@ class WeightsLoaded(Record):
     """The engine now samples with `version`, whose digest it computed itself."""
 
     kind: Literal["weights_loaded"] = "weights_loaded"
-    version: int
+    version: Count
     digest: str
     pause_s: float
     """Seconds generation stood still for the swap."""
@@ -203,7 +207,7 @@ class TrainerHello(Record):
 
     kind: Literal["trainer_hello"] = "trainer_hello"
     protocol: int
-    step: int
+    step: Count
     config_digest: str
 
 
@@ -218,7 +222,7 @@ class BatchRequest(Record):
     """Asks for the groups of optimizer step `step`; answered when enough are complete, or by `NotYet`."""
 
     kind: Literal["batch_request"] = "batch_request"
-    step: int
+    step: Count
     """The step about to be taken, counting from 1."""
 
 
@@ -233,7 +237,7 @@ class Batch(Record):
     """The groups of one step, oldest first; each tree is `frame_counts[i]` frames of those that follow."""
 
     kind: Literal["batch"] = "batch"
-    step: int
+    step: Count
     frame_counts: tuple[int, ...]
 
 
@@ -241,7 +245,7 @@ class StepDone(Record):
     """The optimizer step was taken with these trees; the ledger records it. Sent again until `Ok`."""
 
     kind: Literal["step_done"] = "step_done"
-    step: int
+    step: Count
     trained: tuple[str, ...]
     filtered: tuple[tuple[str, str], ...]
     """(tree id, reason) of trees the trainer left out of the step."""
@@ -251,7 +255,7 @@ class Publish(Record):
     """New weight objects lie in the run's weight directory."""
 
     kind: Literal["publish"] = "publish"
-    version: int
+    version: Count
     digest: str
     objects: tuple[WeightObject, ...]
 

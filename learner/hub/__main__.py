@@ -6,10 +6,15 @@ Exit codes: 0 the run is complete (summary.json is written), 2 something to fix,
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
+import sqlite3
+import stat
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import anyio
@@ -28,13 +33,15 @@ from matpo.load import load_config
 from matpo.logs import configure_logs
 from matpo.metrics import MetricsFile
 from matpo.model_files import tokenizer_digest
-from protocols.channel import ChannelError, HubSocket
+from protocols.channel import CannotListen, ChannelError, HubSocket
 from protocols.keys import BadKeys, HubKeys
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 INTERRUPTED = 130
-FIXABLE = (ChannelError, BadKeys, JournalUnreadable, UserError)
+JOURNAL_FAILED = 1
+"""The supervisor tries again, in case the disk was only full for a moment."""
+GIVE_UP = (ChannelError, BadKeys, JournalUnreadable, UserError, sqlite3.OperationalError)
 LONGEST_IPC_BYTES = 90
 """Unix socket paths end at about 107 bytes."""
 
@@ -47,21 +54,28 @@ def main() -> int:
     configure_logs(folder.log("hub"), "hub")
     try:
         return anyio.run(serve, config, folder, backend_options={"use_uvloop": True})
-    except FIXABLE as error:
-        raise UserError(str(error)) from error
+    except GIVE_UP as error:
+        return give_up(folder, error)
     except BaseExceptionGroup as group:
-        found = first_error(group, *FIXABLE)
+        found = first_error(group, *GIVE_UP)
         if found is None:
             raise
-        raise UserError(str(found)) from group
+        return give_up(folder, found)
+
+
+def give_up(folder: RunFolder, error: Exception) -> int:
+    """End with a line for people: a `UserError` for what they must fix, else an exit code to be started again with."""
+    if not isinstance(error, sqlite3.OperationalError):
+        raise UserError(str(error)) from error
+    log.error("journal failed", reason=str(error))
+    sys.stderr.write(f"error: journal {str(folder.journal)!r}: {error}; free disk space, nothing is lost\n")
+    return JOURNAL_FAILED
 
 
 async def serve(config: Config, folder: RunFolder) -> int:
     """Open everything, serve the run, and write its summary when it is complete."""
-    keys = None if config.hub.key_dir is None else HubKeys.load(config.hub.key_dir)
     train = load_tasks(config.data.train, seed=config.run.seed)
     evaluation = load_tasks(config.data.evaluation, seed=config.run.seed)
-    limit = config.hub.max_message_bytes
     with Journal.open(folder.journal) as journal:
         hub = Hub(
             config,
@@ -74,8 +88,8 @@ async def serve(config: Config, folder: RunFolder) -> int:
             now_s=time.monotonic(),
         )
         async with (
-            HubSocket.bind(listen_address(config, folder), keys=keys, max_message_bytes=limit) as actors,
-            HubSocket.bind(trainer_address(folder), max_message_bytes=limit) as trainer,
+            bind_for_actors(config, folder) as actors,
+            HubSocket.bind(trainer_address(folder), max_message_bytes=config.hub.max_message_bytes) as trainer,
         ):
             write_address(folder, actors.endpoint, trainer.endpoint)
             log.info("listening", endpoint=actors.endpoint, trainer=trainer.endpoint, step=hub.batches.step)
@@ -92,6 +106,23 @@ async def serve(config: Config, folder: RunFolder) -> int:
         return 0 if complete else INTERRUPTED
 
 
+@asynccontextmanager
+async def bind_for_actors(config: Config, folder: RunFolder) -> AsyncIterator[HubSocket]:
+    """Listen where the hub of this run listened before, or where the settings say if that place is taken by now."""
+    keys = None if config.hub.key_dir is None else HubKeys.load(config.hub.key_dir)
+    limit, wanted = config.hub.max_message_bytes, listen_address(config, folder)
+    async with AsyncExitStack() as stack:
+        try:
+            socket = await stack.enter_async_context(HubSocket.bind(wanted, keys=keys, max_message_bytes=limit))
+        except CannotListen:
+            if wanted == config.hub.listen:
+                raise
+            log.warning("the former address is taken", endpoint=wanted)
+            other = HubSocket.bind(config.hub.listen, keys=keys, max_message_bytes=limit)
+            socket = await stack.enter_async_context(other)
+        yield socket
+
+
 def listen_address(config: Config, folder: RunFolder) -> str:
     """The configured address; a restarted hub takes the port its predecessor was given, where actors look for it."""
     wanted = config.hub.listen
@@ -102,11 +133,21 @@ def listen_address(config: Config, folder: RunFolder) -> str:
 
 
 def trainer_address(folder: RunFolder) -> str:
-    """`hub.ipc` in the run's folder, or a short path elsewhere where that one is too long for a socket."""
+    """`hub.ipc` in the run's folder, or a short path of our own elsewhere where that one is too long for a socket.
+
+    The same after every restart, because a running trainer asks there again. Raises `UserError` if the short path is
+    somebody else's.
+    """
     path = folder.path / "hub.ipc"
-    if len(os.fsencode(path)) > LONGEST_IPC_BYTES:
-        path = Path(tempfile.mkdtemp(prefix="matpo-")) / "hub.ipc"
-    return f"ipc://{path}"
+    if len(os.fsencode(path)) <= LONGEST_IPC_BYTES:
+        return f"ipc://{path}"
+    digest = hashlib.sha256(os.fsencode(folder.path)).hexdigest()[:16]
+    room = Path(tempfile.gettempdir()) / f"matpo-{os.getuid()}-{digest}"
+    room.mkdir(mode=0o700, exist_ok=True)
+    found = room.lstat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or stat.S_IMODE(found.st_mode) & 0o077:
+        raise UserError(f"folder {str(room)!r} is not ours alone; remove it, or set run.dir to a shorter path")
+    return f"ipc://{room / 'hub.ipc'}"
 
 
 def write_address(folder: RunFolder, endpoint: str, trainer_endpoint: str) -> None:

@@ -153,7 +153,8 @@ class Journal:
         try:
             yield
         except BaseException:
-            self._connection.execute("ROLLBACK")
+            if self._connection.in_transaction:  # a full disk may have rolled it back already
+                self._connection.execute("ROLLBACK")
             raise
         self._connection.execute("COMMIT")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import time
 from pathlib import Path
 
@@ -13,16 +14,17 @@ import orjson
 import pytest
 
 from learner.doctor import examine
-from learner.hub.__main__ import listen_address, trainer_address, write_address
+from learner.hub.__main__ import bind_for_actors, give_up, listen_address, trainer_address, write_address
 from learner.hub.core import Hub, Side
-from learner.hub.journal import Journal
+from learner.hub.journal import Journal, JournalUnreadable
 from learner.hub.ledger import checks, read_ledger
 from learner.hub.service import Service
 from learner.hub.summary import summarise, write_summary
 from matpo.config import Config
+from matpo.errors import UserError
 from matpo.folder import RunFolder
 from matpo.metrics import MetricsFile, read_metrics
-from protocols.channel import HubClient, HubSocket, TrainerLink
+from protocols.channel import CannotListen, HubClient, HubSocket, TrainerLink
 from protocols.codec import decode_tree, encode_tree
 from protocols.messages import (
     PROTOCOL,
@@ -256,7 +258,40 @@ async def test_the_doctor_reads_a_live_hub_and_a_dead_one(tmp_path: Path) -> Non
 
 def test_a_long_run_path_gets_a_short_socket_path(tmp_path: Path) -> None:
     assert trainer_address(RunFolder(Path("/r"))) == "ipc:///r/hub.ipc"
-    assert len(trainer_address(RunFolder(tmp_path / ("x" * 90)))) < 96
+    long = RunFolder(tmp_path / ("x" * 90))
+    assert len(trainer_address(long)) < 96
+    assert trainer_address(long) == trainer_address(long)
+
+
+async def test_a_restarted_hub_whose_port_was_taken_finds_another(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with anyio.fail_after(10):
+        async with HubSocket.bind("tcp://127.0.0.1:0") as squatter:
+            write_address(folder, squatter.endpoint, "ipc:///nowhere")
+            async with bind_for_actors(CONFIG, folder) as socket:
+                assert socket.endpoint != squatter.endpoint
+            taken = make_config(hub={"listen": squatter.endpoint})
+            with pytest.raises(CannotListen, match=r"set hub\.listen"):
+                async with bind_for_actors(taken, folder):
+                    pass
+
+
+def test_a_full_disk_ends_the_hub_in_a_line_and_with_a_code_that_has_it_started_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert give_up(RunFolder(tmp_path), sqlite3.OperationalError("database or disk is full")) == 1
+    assert "database or disk is full; free disk space, nothing is lost" in capsys.readouterr().err
+    with pytest.raises(UserError, match="text"):
+        give_up(RunFolder(tmp_path), JournalUnreadable("text"))
+
+
+def test_a_transaction_that_the_disk_refuses_leaves_the_journal_as_it_was(tmp_path: Path) -> None:
+    with Journal.open(tmp_path / "journal.sqlite") as journal:
+        journal.execute("PRAGMA max_page_count = 60")
+        with pytest.raises(sqlite3.OperationalError, match="full"), journal.transaction():
+            for number in range(200):
+                journal.execute("INSERT INTO meta VALUES (?, ?)", (f"key {number}", "x" * 4000))
+        assert journal.number("SELECT COUNT(*) FROM meta") == 0
 
 
 @pytest.mark.parametrize(
