@@ -35,7 +35,7 @@ def reader(tokenizer: PreTrainedTokenizerFast, seed: int, kept: Path | None) -> 
     if kept is not None and kept.exists():
         return Qwen3ForCausalLM.from_pretrained(str(kept))
     model = make_model(tokenizer, seed=seed)
-    teach_reading(model, tokenizer, random.Random(f"matpo-reading-{seed}"))
+    teach_reading(model, tokenizer, random.Random(seed))
     if kept is not None:
         model.save_pretrained(str(kept))
     return model
@@ -73,7 +73,7 @@ def teach_dialogue(model: Qwen3ForCausalLM, demonstrator: Demonstrator, *, steps
             asked = rng.choice(questions(rng.randrange(DEMO_WORLDS), figures.QUESTIONS_PER_WORLD))
             batch += demonstrator.show(asked, rng)
         batch += [recall_example(tokenizer, LEVELS[-1], rng) for _ in range(REPLAY_BATCH)]
-        report = fitter.step(batch)
+        report = fitter.step(batch, parts=4)
         if step % 20 == 0:
             seconds = time.monotonic() - began
             print(f"dialogue step {step:4d}/{steps}  loss {report.loss:.3f}  {seconds:.0f} s", flush=True)
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reading", type=Path, help="folder that keeps the model between the two stages")
-    parser.add_argument("--dialogue-steps", type=int, default=450)
+    parser.add_argument("--dialogue-steps", type=int, default=280)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = vocabulary.save_tokenizer(arguments.out)

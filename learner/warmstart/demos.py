@@ -28,7 +28,7 @@ class SearchNoise:
 
     least: int = 3
     most: int = 6
-    replace: float = 0.10
+    replace: float = 0.08
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,23 +104,28 @@ class Fitter:
             betas=(0.9, 0.98),
         )
 
-    def step(self, examples: Sequence[Example]) -> StepReport:
-        """One optimizer step on one batch."""
-        tokens, learn = collate(examples, self.pad)
-        hidden = self.model.model(input_ids=tokens[:, :-1]).last_hidden_state  # right padding: causal is enough
-        mask = learn[:, 1:]
-        logits = self.model.lm_head(hidden[mask])
-        targets = tokens[:, 1:][mask]
-        loss = nn.functional.cross_entropy(logits, targets)
+    def step(self, examples: Sequence[Example], *, parts: int = 1) -> StepReport:
+        """One optimizer step on one batch, computed in ``parts`` of similar length so as not to compute padding."""
+        ordered = sorted(examples, key=lambda example: len(example.tokens)) if parts > 1 else examples
+        size = -(-len(ordered) // parts)
+        count = sum(sum(example.learn[1:]) for example in ordered)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        total = right = 0.0
+        for start in range(0, len(ordered), size):
+            tokens, learn = collate(ordered[start : start + size], self.pad)
+            hidden = self.model.model(input_ids=tokens[:, :-1]).last_hidden_state  # padded right: causal is enough
+            mask = learn[:, 1:]
+            logits, targets = self.model.lm_head(hidden[mask]), tokens[:, 1:][mask]
+            loss = nn.functional.cross_entropy(logits, targets, reduction="sum") / count
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+            right += int((logits.detach().argmax(-1) == targets).sum())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.steps += 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * min(1.0, self.steps / self.warmup_steps)
         self.optimizer.step()
-        right = (logits.detach().argmax(-1) == targets).float().mean()
-        return StepReport(loss.item(), right.item(), norm.item())
+        return StepReport(total, right / count, norm.item())
 
 
 def cosine(progress: float, *, floor: float = 0.05) -> float:
