@@ -29,7 +29,6 @@ class WaitBook:
         """The waits of this moment; conditions not named any more are over."""
         current = {(condition.who, condition.what): condition for condition in conditions}
         self._since = {key: self._since.get(key, now_s) for key in current}
-        self._reported &= current.keys()
         return tuple(
             Wait(
                 who=condition.who,
@@ -42,7 +41,8 @@ class WaitBook:
         )
 
     def new_stalls(self, waits: Iterable[Wait]) -> list[Wait]:
-        """Waits that passed their limit since they were last asked for here."""
-        stalls = [wait for wait in waits if wait.since_s > wait.limit_s and (wait.who, wait.what) not in self._reported]
-        self._reported |= {(wait.who, wait.what) for wait in stalls}
-        return stalls
+        """Of all the waits of this moment, those that passed their limit since they were last asked for here."""
+        stalls = {(wait.who, wait.what): wait for wait in waits if wait.since_s > wait.limit_s}
+        fresh = [wait for key, wait in stalls.items() if key not in self._reported]
+        self._reported = set(stalls)
+        return fresh

@@ -174,6 +174,10 @@ class Bench:
     def upload(self, tree: EpisodeTree, actor: str = "actor-0") -> list[HubMessage]:
         return self.send("actors", actor, TreeUpload(tree_id=tree.tree_id), encode_tree(tree))
 
+    def upload_frames(self, tree_id: str, frames: Sequence[bytes]) -> list[HubMessage]:
+        """Upload what may not be a tree."""
+        return self.send("actors", "actor-0", TreeUpload(tree_id=tree_id), frames)
+
     def arrival(self, tree: EpisodeTree, actor: str = "actor-0") -> tuple[Side, Received]:
         """The upload of a tree, not handed in yet."""
         frames = tuple(memoryview(frame) for frame in encode_tree(tree))

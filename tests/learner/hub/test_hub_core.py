@@ -186,7 +186,7 @@ def test_a_stall_is_reported_once_until_it_ends() -> None:
     (stall,) = book.new_stalls(book.update([condition], 11.0))
     assert stall.since_s == 11.0
     assert book.new_stalls(book.update([condition], 12.0)) == []
-    book.update([], 13.0)
+    assert book.new_stalls(book.update([], 13.0)) == []
     assert book.update([condition], 14.0)[0].since_s == 0.0
     assert len(book.new_stalls(book.update([condition], 30.0))) == 1
 
