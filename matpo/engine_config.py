@@ -52,12 +52,19 @@ class SglangEngine(EngineSection):
     """Running requests at a weight update: recompute their prompt with the new weights, keep old keys and values, or
     end and resubmit them from the tokens they have."""
     attest: bool = True
-    """Ask the server for checksums after every update and compare them with those of the weights it was given."""
+    """After every update, compare the server's checksums with those of the weights it was given (CPU servers only)."""
     stream_tokens: int = Field(default=0, ge=0)
     """Report sampled tokens every so many, so that little is sampled again if the server dies; 0: only at the end."""
     scratch: Path | None = None
     """Where weights are handed to the server; None: /dev/shm, or the system's temporary folder."""
+    log: Path | None = None
+    """Where a server of the actor's writes; None: a file in the system's temporary folder."""
     start_timeout_s: float = Field(default=600.0, gt=0)
+
+    @property
+    def attested(self) -> bool:
+        """Whether checksums are compared: those of CUDA servers, and of parts of tensors, are of another make."""
+        return self.attest and self.device == "cpu" and self.tensor_parallel == 1
 
 
 Engine = Annotated[EmbeddedEngine | SglangEngine, Field(discriminator="kind")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, Literal, Self, TypeVar
@@ -147,7 +147,7 @@ class SglangClient:
         ) as session:
             yield cls(session, url)
 
-    async def generate(self, request: Request) -> AsyncIterator[bytes]:
+    async def generate(self, request: Request) -> AsyncGenerator[bytes, None]:
         """The JSON of the reply, or of each event of a streamed one."""
         try:
             async with self._session.post(self.url + "/generate", data=request.body()) as response:

@@ -1,0 +1,111 @@
+"""The command that starts a SGLang server, and the process it becomes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import anyio.abc
+import orjson
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from matpo.config import SglangEngine as Settings
+from matpo.errors import UserError
+
+MARGIN_TOKENS = 2
+"""The server ends an answer this short of its own limit; ours is exact."""
+
+
+class _Positions(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    max_position_embeddings: int | None = None
+
+
+def check_context(folder: Path, settings: Settings) -> None:
+    """Refuse a context the model has no positions for."""
+    file = folder / "config.json"
+    try:
+        known = _Positions.model_validate(orjson.loads(file.read_bytes())).max_position_embeddings
+    except (orjson.JSONDecodeError, ValidationError) as error:
+        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+    if known is not None and settings.max_context_tokens > known:
+        raise UserError(
+            f"actor.engine.max_context_tokens = {settings.max_context_tokens}, but {str(folder)!r} has only {known}"
+            " positions; lower it"
+        )
+
+
+def free_port() -> int:
+    """A port nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def command(folder: Path, settings: Settings, *, port: int, seed: int) -> list[str]:
+    """Arguments of `sglang.launch_server` for this model, bound to this machine only: the server has no passwords."""
+    context = settings.max_context_tokens + MARGIN_TOKENS
+    options: list[str | int | float | Path] = [
+        *("--model-path", folder.resolve(), "--skip-tokenizer-init", "--dtype", settings.dtype),
+        *("--host", "127.0.0.1", "--port", port, "--random-seed", seed, "--tp-size", settings.tensor_parallel),
+        *("--context-length", context, "--max-running-requests", settings.max_batch),
+        *("--incremental-streaming-output", "--log-level", "warning"),
+    ]
+    if settings.memory_fraction is not None:
+        options += ["--mem-fraction-static", settings.memory_fraction]
+    if settings.device == "cpu":
+        slots = settings.max_batch * context
+        options += ["--device", "cpu", "--attention-backend", "torch_native", "--disable-overlap-schedule"]
+        options += ["--max-total-tokens", slots]
+    return [settings.python, "-m", "sglang.launch_server", *(str(option) for option in options), *settings.arguments]
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """What the server sees of ours, and what it needs besides."""
+    extra = {
+        "OMP_NUM_THREADS": str(settings.threads),
+        "HF_HUB_OFFLINE": "1",
+        # Our margin may reach beyond the model's positions; no token is ever placed there.
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+    }
+    if settings.device == "cpu":
+        extra["SGLANG_USE_CPU_ENGINE"] = "1"
+    return {**os.environ, **extra}
+
+
+@asynccontextmanager
+async def launched(
+    folder: Path, settings: Settings, *, port: int, seed: int, log: Path
+) -> AsyncIterator[anyio.abc.Process]:
+    """A server process, ended with all its children when the block ends or this process dies."""
+    leash = [sys.executable, "-m", "actors.engines.sglang.leash"]
+    with log.open("ab") as output:
+        process = await anyio.open_process(
+            [*leash, *command(folder, settings, port=port, seed=seed)],
+            stdout=output,
+            stderr=output,
+            env=environment(settings),
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        with anyio.CancelScope(shield=True):
+            if process.stdin is not None:
+                await process.stdin.aclose()
+            await process.wait()
+            await process.aclose()
+
+
+def last_words(log: Path) -> str:
+    """The line of a server's log that most likely says why it ended."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-200:] if log.is_file() else []
+    telling = [line for line in lines if "Error" in line or "error:" in line]
+    return (telling or lines or ["it printed nothing"])[-1].strip()

@@ -1,0 +1,92 @@
+"""What a call of `generate` has sampled so far, over as many requests to the server as it takes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from actors.engines.engine import Generation
+from actors.engines.sglang.answers import UNVERSIONED, Answer, BadAnswer, versions_of
+from protocols.records import Floats, StopReason, Tokens
+
+
+class Progress:
+    """Tokens that certainly were sampled, each with its log-probability and version."""
+
+    def __init__(self, prompt: Tokens) -> None:
+        self.whole = prompt
+        """The prompt and what was sampled: where the next request goes on."""
+        self._prompt_length = len(prompt)
+        self._logprobs: list[Floats] = []
+        self._versions: list[Tokens] = []
+
+    @property
+    def count(self) -> int:
+        """Tokens sampled."""
+        return len(self.whole) - self._prompt_length
+
+    def extend(self, tokens: Tokens, logprobs: Floats, versions: Tokens) -> None:
+        """Add what a request sampled."""
+        self.whole = np.concatenate([self.whole, tokens])
+        self._logprobs.append(logprobs)
+        self._versions.append(versions)
+
+    def generation(self, stop: StopReason) -> Generation:
+        """As the engine's answer."""
+        nothing = np.zeros(0, dtype=np.int32)
+        return Generation(
+            tokens=self.whole[self._prompt_length :],
+            logprobs=np.concatenate([nothing.astype(np.float32), *self._logprobs]),
+            versions=np.concatenate([nothing, *self._versions]),
+            stop=stop,
+        )
+
+
+class Reply:
+    """One request's reply, whole or event by event."""
+
+    def __init__(self, *, sent_with: int) -> None:
+        """`sent_with`: version of the weights in use when the request was sent."""
+        self._sent_with = sent_with
+        self._events: list[Answer] = []
+
+    @property
+    def last(self) -> Answer:
+        """The newest event. Raises `BadAnswer` before the first."""
+        if not self._events:
+            raise BadAnswer("the server's reply is empty")
+        return self._events[-1]
+
+    @property
+    def count(self) -> int:
+        """Tokens received."""
+        return sum(len(event.tokens) for event in self._events)
+
+    def take(self, event: Answer) -> None:
+        """Add an event; one that repeats everything so far replaces what was there."""
+        if event.total == len(event.tokens):
+            self._events = [event]
+        elif event.total == self.count + len(event.tokens):
+            self._events.append(event)
+        else:
+            raise BadAnswer(f"an event ends at token {event.total}, but {self.count} + {len(event.tokens)} were sent")
+
+    def finish(self, progress: Progress) -> None:
+        """Add all of a finished reply to `progress`."""
+        last = self.last
+        versions = versions_of(last, self.count, before=self._sent_with, after=last.version)
+        progress.extend(*self._arrays(self._events), versions)
+
+    def salvage(self, progress: Progress) -> None:
+        """Add what is certain of a reply that broke off: events written under the same weights as the one before."""
+        sure: list[Answer] = []
+        for event in self._events:
+            if event.version != self._sent_with or event.version == UNVERSIONED:
+                break
+            sure.append(event)
+        if sure:
+            count = sum(len(event.tokens) for event in sure)
+            progress.extend(*self._arrays(sure), np.full(count, self._sent_with, dtype=np.int32))
+
+    @staticmethod
+    def _arrays(events: list[Answer]) -> tuple[Tokens, Floats]:
+        return np.concatenate([e.tokens for e in events]), np.concatenate([e.logprobs for e in events])
