@@ -15,7 +15,7 @@ from pathlib import Path
 import anyio
 import structlog
 
-from actors.engines.embedded.engine import EmbeddedEngine
+from actors.engines.opening import open_engine
 from actors.episode import play_episode
 from actors.failure import user_error
 from actors.follow import Follower
@@ -69,7 +69,8 @@ async def run_actor(place: Place) -> None:
             HubClient.connect(place.hub, identity=place.actor_id, keys=keys, deadline_s=place.patience_s)
         )
         welcome = await greet(client, hello, deadline_s=place.patience_s)
-        engine = await enter(EmbeddedEngine.open(model_folder(config.model), config.actor.engine, seed=seed))
+        engine_log = place.state / "logs" / f"{place.actor_id}-engine.log"
+        engine = await enter(open_engine(model_folder(config.model), config.actor.engine, seed=seed, log=engine_log))
         tools = await enter(ToolPlane.open(config.tools, variables=tool_variables(config, folder=folder / "world")))
         stage = Stage.open(config, engine=engine, tools=tools, actor_id=place.actor_id)
         player = Player(

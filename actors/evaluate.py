@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from actors.engines.embedded.engine import EmbeddedEngine
-from actors.engines.embedded.folder import read_model_weights
+from actors.engines.folder import read_model_weights
+from actors.engines.opening import open_engine
 from actors.episode import play_episode
 from actors.failure import user_error
 from actors.scene import Stage
@@ -90,7 +90,7 @@ async def play_all(
     with tempfile.TemporaryDirectory(prefix="matpo-eval-") as folder:
         variables = tool_variables(config, folder=Path(folder))
         async with (
-            EmbeddedEngine.open(model, config.actor.engine, seed=config.run.seed) as engine,
+            open_engine(model, config.actor.engine, seed=config.run.seed) as engine,
             ToolPlane.open(config.tools, variables=variables) as tools,
         ):
             stage = Stage.open(config, engine=engine, tools=tools, actor_id="eval")

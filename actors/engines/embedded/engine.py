@@ -49,9 +49,10 @@ class EmbeddedEngine:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, folder: Path, settings: Settings, *, seed: int) -> AsyncIterator[Self]:
+    async def open(cls, folder: Path, settings: Settings, *, seed: int, log: Path | None = None) -> AsyncIterator[Self]:
         """Read the architecture from `folder` and start the thread; weights come with the first `load`.
 
+        `log` is for engines that are processes of their own; this one prints nothing.
         Raises `UserError` for a model this engine cannot run or a device torch does not have.
         """
         architecture = read_architecture(folder)

@@ -16,8 +16,8 @@ from actors.engines.embedded.architecture import read_architecture, read_end_tok
 from actors.engines.embedded.cache import NO_MATCH, Match, Parked, longest_prefix
 from actors.engines.embedded.decoder import Piece, groups
 from actors.engines.embedded.engine import EmbeddedEngine
-from actors.engines.embedded.folder import read_model_weights
 from actors.engines.embedded.parameters import load_parameters
+from actors.engines.folder import read_model_weights
 from matpo.config import EmbeddedEngine as Settings
 from matpo.config import Sampling
 from matpo.errors import UserError

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from actors.engines.embedded.architecture import read_architecture
+from pydantic import BaseModel, ConfigDict
+
 from matpo.errors import UserError
 from protocols.weights import BadWeights, Tensor, Weights, read_keyframe
+
+
+class _Tie(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    tie_word_embeddings: bool = False
 
 
 def read_model_weights(folder: Path) -> Weights:
@@ -23,6 +30,6 @@ def read_model_weights(folder: Path) -> Weights:
             weights |= read_keyframe(file)
     except BadWeights as error:
         raise UserError(str(error)) from error
-    if read_architecture(folder).tie_word_embeddings:
+    if _Tie.model_validate_json((folder / "config.json").read_bytes()).tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     return weights
