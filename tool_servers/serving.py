@@ -9,9 +9,10 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import mcp_types as types
@@ -48,8 +49,10 @@ class ServedTool:
     description: str
     parameters: dict[str, JsonValue]
     """JSON schema of the arguments."""
-    call: Callable[[Arguments], Awaitable[Reply]]
+    call: Callable[[Arguments], Reply | Awaitable[Reply]]
     """Raises `BadCall` for arguments it cannot use."""
+    quick: bool = False
+    """It takes well under a millisecond, and `call` returns the reply itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,6 @@ def fail(message: str) -> NoReturn:
 
 
 def _server(service: Service) -> Server[dict[str, object]]:
-    by_name = {tool.name: tool for tool in service.tools}
     listing = types.ListToolsResult(
         tools=[types.Tool(name=t.name, description=t.description, input_schema=t.parameters) for t in service.tools]
     )
@@ -119,14 +121,9 @@ def _server(service: Service) -> Server[dict[str, object]]:
     async def call_tool(
         _context: ServerRequestContext[dict[str, object]], params: types.CallToolRequestParams
     ) -> types.CallToolResult:
-        tool = by_name.get(params.name)
         try:
-            if tool is None:
-                raise BadCall(f"unknown tool {params.name!r}; this server has {', '.join(sorted(by_name))}")
-            unknown = _unknown_arguments(tool, params.arguments or {})
-            if unknown:
-                raise BadCall(f"{tool.name} has no argument {unknown[0]!r}")
-            reply = await tool.call(params.arguments or {})
+            reply = _find(service, params.name, params.arguments or {}).call(params.arguments or {})
+            reply = reply if isinstance(reply, Reply) else await reply
         except BadCall as error:
             reply = Reply(str(error), is_error=True)
         return types.CallToolResult(
@@ -139,17 +136,41 @@ def _server(service: Service) -> Server[dict[str, object]]:
     return server
 
 
-def _unknown_arguments(tool: ServedTool, arguments: Arguments) -> Sequence[str]:
-    properties = tool.parameters["properties"]
-    assert isinstance(properties, dict), "a served tool declares its properties"
-    return [name for name in arguments if name not in properties]
+def quick_result(service: Service, params: Mapping[str, JsonValue]) -> Mapping[str, JsonValue] | None:
+    """The result of a tools/call if its tool is quick, as it goes on the wire; None for the SDK to handle."""
+    name, arguments = params.get("name"), params.get("arguments") or {}
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return None
+    try:
+        tool = _find(service, name, arguments)
+        if not tool.quick:
+            return None
+        reply = tool.call(arguments)
+    except BadCall as error:
+        reply = Reply(str(error), is_error=True)
+    assert isinstance(reply, Reply), "a quick tool replies at once"
+    result: dict[str, JsonValue] = {"content": [{"type": "text", "text": reply.text}], "isError": reply.is_error}
+    return result if reply.meta is None else {**result, "_meta": reply.meta}
+
+
+def _find(service: Service, name: str, arguments: Arguments) -> ServedTool:
+    """The tool of that name. Raises `BadCall` when there is none or it does not know an argument."""
+    for tool in service.tools:
+        if tool.name == name:
+            properties = tool.parameters["properties"]
+            assert isinstance(properties, dict), "a served tool declares its properties"
+            for argument in arguments:
+                if argument not in properties:
+                    raise BadCall(f"{name} has no argument {argument!r}")
+            return tool
+    raise BadCall(f"unknown tool {name!r}; this server has {', '.join(sorted(tool.name for tool in service.tools))}")
 
 
 async def _serve_stdio(service: Service) -> None:
     server = _server(service)
     options = server.create_initialization_options()
     if all(_is_pipe(fd) for fd in (0, 1)):
-        async with pipe_streams() as (read, write):
+        async with pipe_streams(partial(quick_result, service)) as (read, write):
             await server.run(read, write, options)
     else:
         async with stdio_server() as (read_file, write_file):

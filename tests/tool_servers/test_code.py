@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 from pydantic import JsonValue
 
+from tests.tool_servers.using import use
 from tool_servers.code.__main__ import report, run_python_tool
 from tool_servers.code.sandbox import Allowance, Finished, Pool, SandboxError, Tier, choose_sandbox
 from tool_servers.serving import BadCall
@@ -144,14 +145,14 @@ async def test_the_tool_checks_its_arguments_and_names_its_tier() -> None:
     pool = Pool(sandbox, ahead=0, at_once=1)
     tool = run_python_tool(pool, sandbox.tier, timeout_s=5, longest_s=10, output_bytes=LINES)
     async with asyncio.timeout(30), pool.open():
-        reply = await tool.call({"code": "1 + 1"})
+        reply = await use(tool, {"code": "1 + 1"})
         assert (reply.text, reply.is_error) == ("2", False)
         assert reply.meta is not None
         assert reply.meta["sandbox"] == sandbox.tier
         wrong: list[dict[str, JsonValue]] = [{}, {"code": ""}, {"code": "1", "timeout_s": 11}]
         for bad in wrong:
             with pytest.raises(BadCall):
-                await tool.call(bad)
+                await use(tool, bad)
 
 
 def test_strict_refuses_the_weaker_tier() -> None:

@@ -17,6 +17,7 @@ import pypdfium2
 import pytest
 from pydantic import JsonValue
 
+from tests.tool_servers.using import use
 from tool_servers.scrape.__main__ import scrape_tool
 from tool_servers.scrape.addresses import Refused, blocked_by, vet
 from tool_servers.scrape.fetch import Fetcher, FetchFailed, Page, Policy
@@ -217,12 +218,12 @@ async def test_pages_are_read_as_text_a_part_at_a_time_and_failures_told(site: i
     tool = scrape_tool(reader)
     async with reader.open():
         url = f"http://127.0.0.1:{site}/page"
-        first = await tool.call({"url": url, "max_chars": 40})
-        whole = await tool.call({"url": url})
+        first = await use(tool, {"url": url, "max_chars": 40})
+        whole = await use(tool, {"url": url})
         assert whole.text.startswith("# Tower\n\nThe tower was built in 1889 by Gustave.")
         assert "Menu" not in whole.text
         assert first.text == f"{whole.text[:40]}\n[characters 0 to 40 of {len(whole.text)}; continue with offset 40]"
-        assert (await tool.call({"url": url, "offset": 40})).text == whole.text[40:]
+        assert (await use(tool, {"url": url, "offset": 40})).text == whole.text[40:]
         wrong: list[tuple[dict[str, JsonValue], str]] = [
             ({"url": f"http://127.0.0.1:{site}/none"}, "answered with status 404"),
             ({"url": f"http://127.0.0.1:{site}/picture"}, "it is image/png, which cannot be read as text"),
@@ -231,7 +232,7 @@ async def test_pages_are_read_as_text_a_part_at_a_time_and_failures_told(site: i
         ]
         for arguments, words in wrong:
             with pytest.raises(BadCall, match=words):
-                await tool.call(arguments)
+                await use(tool, arguments)
 
 
 async def test_an_extractor_that_hangs_is_killed_and_replaced() -> None:

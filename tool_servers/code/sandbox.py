@@ -105,7 +105,13 @@ class Worker:
     async def close(self) -> None:
         """Kill the interpreter and whatever it started."""
         self._kill()
-        await self._process.wait()
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None, "pipes"
+        process.stdin.close()
+        # Read to the end, so that the event loop lets go of the pipes as well as of the process.
+        while await process.stdout.read(65_536) or await process.stderr.read(65_536):
+            pass
+        await process.wait()
         if self._scratch is not None:
             self._scratch.cleanup()
 

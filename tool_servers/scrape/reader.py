@@ -112,11 +112,17 @@ class Extractor:
 
     async def close(self) -> None:
         """Kill the worker; the next page gets a new one."""
-        if self._worker is not None:
-            with suppress(ProcessLookupError):
-                self._worker.kill()
-            await self._worker.wait()
-            self._worker = None
+        worker, self._worker = self._worker, None
+        if worker is None:
+            return
+        assert worker.stdin is not None and worker.stdout is not None, "pipes"
+        with suppress(ProcessLookupError):
+            worker.kill()
+        worker.stdin.close()
+        # Read to the end, so that the event loop lets go of the pipe as well as of the process.
+        while await worker.stdout.read(65_536):
+            pass
+        await worker.wait()
 
 
 class Reader:

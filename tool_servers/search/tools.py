@@ -124,14 +124,14 @@ class SearchTools:
 def served_tools(tools: SearchTools) -> tuple[ServedTool, ...]:
     """The two tools as MCP clients see them."""
 
-    async def search(arguments: Arguments) -> Reply:
+    def search(arguments: Arguments) -> Reply:
         collection = arguments.get("collection")
         if collection is not None and not isinstance(collection, str):
             raise BadCall(f"argument 'collection' must be a string, got {collection!r}")
         k = whole_argument(arguments, "k", default=tools.show.results, low=1, high=50)
         return Reply(tools.search(text_argument(arguments, "query"), k, collection))
 
-    async def open_document(arguments: Arguments) -> Reply:
+    def open_document(arguments: Arguments) -> Reply:
         offset = whole_argument(arguments, "offset", default=0, low=0, high=2**31)
         return Reply(tools.open(text_argument(arguments, "doc_id"), offset))
 
@@ -149,6 +149,7 @@ def served_tools(tools: SearchTools) -> tuple[ServedTool, ...]:
             description="Search the documents. Returns one numbered line per hit.",
             parameters={"type": "object", "properties": searched, "required": ["query"]},
             call=search,
+            quick=True,
         ),
         ServedTool(
             name="open",
@@ -159,5 +160,6 @@ def served_tools(tools: SearchTools) -> tuple[ServedTool, ...]:
                 "required": ["doc_id"],
             },
             call=open_document,
+            quick=True,
         ),
     )
