@@ -121,16 +121,15 @@ class Supervisor:
         return code
 
     async def _end(self, child: Child, limit_s: float) -> None:
-        """Let a child finish by itself within the limit (a last checkpoint), then tell it to; then it is killed."""
-        for number in (None, signal.SIGTERM, signal.SIGKILL):
-            process = child.process
-            if process is None:
-                return
-            if number is not None:
-                _send(process, number)
-            with anyio.move_on_after(limit_s):
-                await process.wait()
-                return
+        """Tell a child to finish what it does (a last checkpoint) and end; who does not in time is killed."""
+        process = child.process
+        if process is None:
+            return
+        _send(process, signal.SIGTERM)
+        with anyio.move_on_after(limit_s):
+            await process.wait()
+            return
+        _send(process, signal.SIGKILL)
 
     async def _heed_signals(self) -> None:
         """The first signal begins an orderly end, a second one kills both at once."""
@@ -144,15 +143,8 @@ class Supervisor:
     async def _drain(self) -> None:
         """The trainer first: it needs the hub to record the step it is in before it saves."""
         await self._stopping.wait()
-        for child, limit_s in ((self.trainer, self.trainer_leave_limit_s), (self.hub, self.hub_leave_limit_s)):
-            process = child.process
-            if process is None:
-                continue
-            _send(process, signal.SIGTERM)
-            with anyio.move_on_after(limit_s):
-                await process.wait()
-                continue
-            _send(process, signal.SIGKILL)
+        await self._end(self.trainer, self.trainer_leave_limit_s)
+        await self._end(self.hub, self.hub_leave_limit_s)
 
     def last_words(self, child: Child) -> str:
         """The last line a child printed."""

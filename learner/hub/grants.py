@@ -76,7 +76,8 @@ class Granter:
         # Until a resumed trainer publishes, the newest weights are ahead of it; a round for later steps can wait.
         reached = step if lineage_of(version) == lineage else min(step, self._batches.step)
         yield from self._leases.waiting_groups("eval", upto_step=reached).items()
-        yield from self._leases.waiting_groups("train", upto_step=0).items()
+        if self._batches.step < self._config.run.steps:
+            yield from self._leases.waiting_groups("train", upto_step=0).items()
         size = self._config.learner.group_size
         while self.admissible() >= size:
             task = self._cursor.task(self._leases.train_groups())

@@ -119,6 +119,22 @@ def test_a_round_due_for_later_weights_waits_for_a_resumed_trainer(tmp_path: Pat
         assert at.hub.complete
 
 
+def test_what_no_step_will_use_is_not_played_any_more(tmp_path: Path) -> None:
+    config = make_config(run={"steps": 1}, learner={"groups_per_step": 1}, hub={"max_attempts": 9})
+    with bench(tmp_path, config) as at:
+        at.start()
+        (first,) = at.ask(2)
+        at.upload(make_tree(first, 0, reward=None, status="tool_failure"))
+        at.upload(make_tree(first, 1))
+        (again,) = at.ask(1)
+        at.upload(make_tree(again, 0))
+        with at.journal.transaction():
+            at.hub.leases.open_group(at.train[0], purpose="train", round_name=None, episodes=2, at=0.0)
+        at.train_step(1)
+        assert at.ask(2) == []
+        assert at.hub.complete
+
+
 def test_without_questions_the_run_ends_with_its_last_step(tmp_path: Path) -> None:
     with bench(tmp_path, make_config(run={"steps": 1})) as at:
         at.start()
