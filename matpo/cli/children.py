@@ -20,7 +20,10 @@ from matpo.folder import HubAddress, RunFolder
 HUB_START_LIMIT_S = 120.0
 """The learner imports torch and opens the journal before its hub listens."""
 ACTOR_LEAVE_LIMIT_S = 20.0
-RESTART_PAUSE_S = (1.0, 2.0, 4.0, 8.0, 15.0)
+RESTART_PAUSE_S = (1.0, 2.0, 4.0, 8.0)
+"""Before the first, second, … restart in a row; an actor that dies once more stops the run."""
+HEALTHY_S = 60.0
+"""An actor that lived so long starts its restarts afresh."""
 USER_ERROR = 2
 
 
@@ -70,11 +73,12 @@ class Children:
     async def actor(self, number: int, finished: anyio.Event) -> None:
         """Keep one actor alive until the learner is finished."""
         name = f"actor-{number}"
-        deaths = 0
+        deaths = 0  # in a row
         while not finished.is_set() and not self.stopping:
             address = await self.hub_address(finished)
             if address is None:
                 return
+            began = anyio.current_time()
             process = await self.start(name, self._actor_arguments(name, address), threads=self._actor_threads())
             code = await process.wait()
             self.alive.pop(name, None)
@@ -82,8 +86,10 @@ class Children:
                 raise UserError(f"{name} could not go on: {self.last_words(name)}")
             if code == 0 or self.stopping:
                 return
-            pause_s = RESTART_PAUSE_S[min(deaths, len(RESTART_PAUSE_S) - 1)]
-            deaths += 1
+            deaths = 1 if anyio.current_time() - began > HEALTHY_S else deaths + 1
+            if deaths > len(RESTART_PAUSE_S):
+                raise UserError(f"{name} died {deaths} times in a row, last with code {code}: {self.last_words(name)}")
+            pause_s = RESTART_PAUSE_S[deaths - 1]
             with anyio.move_on_after(pause_s):
                 await finished.wait()
 
