@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,12 +58,14 @@ class Setting:
     steps: int
     median_s: float
     sigma: float = 1.0
-    warm_up: int = 2
+    warm_up: int = 1
     """Steps before the measured interval."""
     groups_per_step: int = 4
     group_size: int = 8
     actors: int = 2
     concurrency: int = 12
+    runs_at_once: int = 1
+    """Of the synchronous run and generation alone; 2 saves time, and the synchronous one leaves the cores idle."""
 
     @property
     def trees_per_step(self) -> int:
@@ -99,8 +102,8 @@ class Setting:
         return [f"{key}={value}" for key, value in settings.items()]
 
 
-QUICK = Setting(steps=7, median_s=0.4, warm_up=1, groups_per_step=2, actors=1)
-FULL = Setting(steps=12, median_s=1.2)
+QUICK = Setting(steps=6, median_s=0.25, groups_per_step=2, actors=1, runs_at_once=2)
+FULL = Setting(steps=8, median_s=1.0)
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Timeline:
     @classmethod
     def of(cls, folder: RunFolder) -> Timeline:
         with Journal.open_read_only(folder.journal) as journal, journal.snapshot():
-            trees = journal.rows("SELECT received_at - seconds, received_at FROM trees")
+            trees = journal.rows("SELECT received_at - seconds, received_at FROM trees WHERE state = 'trained'")
             staleness = journal.number("SELECT MAX(staleness) FROM trees WHERE state = 'trained'")
             ((began, last_lease),) = journal.rows("SELECT MIN(granted_at), MAX(granted_at) FROM leases")
             return cls(
@@ -138,19 +141,18 @@ class Timeline:
         """From the first lease to the last step."""
         return self.done[-1] - self.began
 
-    def interval(self, setting: Setting) -> tuple[int, int]:
-        """The measured steps: after the warm-up, and while episodes are still begun."""
-        return setting.warm_up, sum(at <= self.last_lease for at in self.done)
+    def interval(self, setting: Setting) -> tuple[float, float]:
+        """From the end of the warm-up to the last lease: start-up and the emptying pipeline at the end are left out."""
+        return self.done[setting.warm_up - 1], self.last_lease
 
     def rate(self, setting: Setting) -> float:
-        """Trees trained per second in the interval."""
-        first, last = self.interval(setting)
-        return (last - first) * setting.trees_per_step / (self.done[last - 1] - self.done[first - 1])
+        """Trees per second that came in during the interval; every one of them was trained on."""
+        start, end = self.interval(setting)
+        return sum(start < tree_end <= end for _, tree_end in self.trees) / (end - start)
 
     def busy(self, setting: Setting) -> float:
-        """Fraction of the actors' slots that held an episode in the interval."""
-        first, last = self.interval(setting)
-        start, end = self.done[first - 1], self.done[last - 1]
+        """Fraction of the actors' slots that held an episode during the interval."""
+        start, end = self.interval(setting)
         held = sum(max(0.0, min(end, tree_end) - max(start, tree_start)) for tree_start, tree_end in self.trees)
         return held / (setting.slots * (end - start))
 
@@ -259,25 +261,27 @@ def mean_of(lines: Sequence[dict[str, JsonValue]], name: str, setting: Setting) 
     return sum(float(value) for value in values if isinstance(value, int | float)) / len(values)
 
 
+def print_row(name: str, timeline: Timeline, setting: Setting) -> None:
+    start, end = timeline.interval(setting)
+    figures = f"{timeline.rate(setting):9.2f}{timeline.busy(setting):12.0%}{timeline.seconds:10.1f}"
+    print(f"{name:38}{end - start:12.1f}{figures}{timeline.staleness_max:11d}")
+
+
 def measure(setting: Setting, parent: Path) -> dict[str, JsonValue]:
+    """Run all four, print the table and return the figures."""
     asynchronous_folder = full_run(setting, parent / "asynchronous", eta=setting.eta)
     asynchronous = Timeline.of(asynchronous_folder)
-    generation = Timeline.of(generation_only(setting, parent / "generation"))
     training = training_only(setting, asynchronous_folder, parent)
-    synchronous = Timeline.of(full_run(setting, parent / "synchronous", eta=0))
+    with ThreadPoolExecutor(setting.runs_at_once) as pool:
+        generation_run = pool.submit(generation_only, setting, parent / "generation")
+        synchronous_run = pool.submit(full_run, setting, parent / "synchronous", eta=0)
+    generation, synchronous = Timeline.of(generation_run.result()), Timeline.of(synchronous_run.result())
     rate, generated = asynchronous.rate(setting), generation.rate(setting)
-    print(f"{'':38}{'steps':>9}{'trees/s':>9}{'slots busy':>12}{'s in all':>10}{'staleness':>11}")
-    rows = (
-        (f"(a) synchronous, eta 0, {setting.steps} steps", synchronous),
-        (f"(b) asynchronous, eta {setting.eta}, {setting.steps} steps", asynchronous),
-        ("(c) generation only", generation),
-    )
-    for name, timeline in rows:
-        staleness = "" if timeline is generation else f"{timeline.staleness_max:11d}"
-        figures = f"{timeline.rate(setting):9.2f}{timeline.busy(setting):12.0%}{timeline.seconds:10.1f}"
-        first, last = timeline.interval(setting)
-        print(f"{name:38}{f'{first} to {last}':>9}{figures}{staleness}")
-    print(f"{'(d) training only':38}{f'{setting.warm_up} to {setting.steps}':>9}{training:9.2f}")
+    print(f"{'':38}{'interval, s':>12}{'trees/s':>9}{'slots busy':>12}{'s in all':>10}{'staleness':>11}")
+    print_row(f"(a) synchronous, eta 0, {setting.steps} steps", synchronous, setting)
+    print_row(f"(b) asynchronous, eta {setting.eta}, {setting.steps} steps", asynchronous, setting)
+    print_row("(c) generation only (never publishes)", generation, setting)
+    print(f"{'(d) training only':38}{'':12}{training:9.2f}")
     lines = metrics(asynchronous_folder.path, "trainer")
     stages = {name: round(mean_of(lines, name, setting), 3) for name in ("wait_s", "intake_s", "step_s", "publish_s")}
     print(f"trainer in (b), seconds a step: {', '.join(f'{name} {value:.2f}' for name, value in stages.items())}")
@@ -310,8 +314,8 @@ def main() -> None:
         f" {setting.sigma:g}"
     )
     print(
-        f"trees/s: from the end of step {setting.warm_up} to the last step that ends while episodes are still begun"
-        " (start-up and the empty end left out); s in all: first lease to last step",
+        f"interval: from the end of step {setting.warm_up} to the last lease (start-up and the emptying pipeline at the"
+        " end left out); s in all: first lease to last step",
         flush=True,
     )
     with tempfile.TemporaryDirectory(prefix="matpo-") as folder:
