@@ -13,15 +13,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import JsonValue, TypeAdapter
+from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from learner.hub.journal import Journal, JournalUnreadable
+from learner.hub.journal import Journal, JournalUnreadable, maybe_integer, real
 from learner.hub.ledger import Check, Ledger, checks, read_ledger
 from matpo.config import Config
 from matpo.errors import UserError, run_command
-from matpo.folder import RunFolder
+from matpo.folder import HubAddress, RunFolder
 from matpo.freshness import Forecast, forecast
 from matpo.load import load_config
 from matpo.metrics import read_metrics
@@ -29,7 +29,19 @@ from protocols.messages import Wait
 from protocols.records import Record
 
 TAIL_BYTES = 2**20
-WAITS: TypeAdapter[tuple[Wait, ...]] = TypeAdapter(tuple[Wait, ...])
+SILENT_HEARTBEATS = 5
+"""A hub that wrote no status for so many heartbeats is reported as frozen."""
+
+
+class LastStatus(BaseModel):
+    """What the doctor reads of the hub's last line in metrics.jsonl."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    time: float
+    """Unix time."""
+    waits: tuple[Wait, ...]
+    refused: dict[str, int]
 
 
 class Report(Record):
@@ -63,37 +75,42 @@ def examine(folder: RunFolder, *, now: float) -> Report:
         with Journal.open_read_only(folder.journal) as journal, journal.snapshot():
             ledger, sums = read_ledger(journal), tuple(checks(journal))
             step = journal.number("SELECT MAX(step) FROM steps WHERE undone = 0")
-            ages = journal.row("SELECT AVG(staleness), MAX(staleness) FROM trees WHERE staleness IS NOT NULL")
+            mean, worst = journal.rows("SELECT AVG(staleness), MAX(staleness) FROM trees")[0]
     except JournalUnreadable as error:
         raise UserError(str(error)) from error
-    address = folder.hub_address()
+    address, status = folder.hub_address(), last_status(folder)
     state = "live" if address is not None else "complete" if folder.summary.is_file() else "dead"
-    status = last_status(folder)
-    age_s = None if status is None else max(0.0, now - _number(status["time"]))
-    waits = _waits(status, extra_s=(age_s or 0.0) if state == "live" else 0.0) if state != "complete" else ()
-    if state == "live" and age_s is not None and age_s > 5 * config.hub.heartbeat_s:
-        remedy = f"process {address.pid if address else '?'} is frozen or overloaded; see logs/hub.jsonl or restart it"
-        silent = Wait(who="everybody", what="the hub", since_s=age_s, limit_s=5 * config.hub.heartbeat_s, remedy=remedy)
-        waits = (silent, *waits)
-    mean, worst = ages if ages is not None else (None, None)
-    refused = status["refused"] if status is not None else {}
+    waits = () if state == "complete" or status is None else status.waits
+    age_s = None if status is None else round(max(0.0, now - status.time), 1)
+    if address is not None:
+        waits = brought_up_to_now(waits, age_s or 0.0, config, address)
     return Report(
         run=folder.path.name,
         state=state,
         hub_pid=None if address is None else address.pid,
         step=step,
         steps=config.run.steps,
-        status_age_s=None if age_s is None else round(age_s, 1),
+        status_age_s=age_s,
         ledger=ledger,
         checks=sums,
         adds_up=all(check.holds for check in sums),
         waits=waits,
         stalls=sum(wait.since_s > wait.limit_s for wait in waits),
-        staleness_mean=float(mean) if isinstance(mean, int | float) else None,
-        staleness_max=worst if isinstance(worst, int) else None,
-        refused={name: int(_number(count)) for name, count in refused.items()} if isinstance(refused, dict) else {},
+        staleness_mean=None if mean is None else real(mean),
+        staleness_max=maybe_integer(worst),
+        refused={} if status is None else status.refused,
         forecast=expected(config),
     )
+
+
+def brought_up_to_now(waits: Sequence[Wait], age_s: float, config: Config, hub: HubAddress) -> tuple[Wait, ...]:
+    """The waits of a live run, grown since its hub wrote them; a hub that writes no more is itself waited for."""
+    grown = tuple(wait.model_copy(update={"since_s": round(wait.since_s + age_s, 1)}) for wait in waits)
+    limit_s = SILENT_HEARTBEATS * config.hub.heartbeat_s
+    if age_s <= limit_s:
+        return grown
+    remedy = f"process {hub.pid} is frozen or overloaded; see logs/hub.jsonl, or kill it: the learner starts another"
+    return (Wait(who="everybody", what="the hub", since_s=age_s, limit_s=limit_s, remedy=remedy), *grown)
 
 
 def expected(config: Config) -> Forecast:
@@ -105,7 +122,7 @@ def expected(config: Config) -> Forecast:
     )
 
 
-def last_status(folder: RunFolder) -> dict[str, JsonValue] | None:
+def last_status(folder: RunFolder) -> LastStatus | None:
     """The hub's last line in metrics.jsonl, looked for in the last `TAIL_BYTES` of the file."""
     found, start = None, 0
     size = folder.metrics.stat().st_size if folder.metrics.is_file() else 0
@@ -115,7 +132,7 @@ def last_status(folder: RunFolder) -> dict[str, JsonValue] | None:
             start = size - TAIL_BYTES + len(file.readline())
     for _, line in read_metrics(folder.metrics, offset=start):
         if line["stage"] == "hub":
-            found = line
+            found = LastStatus.model_validate(line)
     return found
 
 
@@ -171,19 +188,6 @@ def run(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"error: the ledger of run {str(options.run)!r} does not add up; please report this\n")
         return 1
     return 0
-
-
-def _waits(status: dict[str, JsonValue] | None, *, extra_s: float) -> tuple[Wait, ...]:
-    """The waits of a status line, grown by the time since it was written."""
-    if status is None:
-        return ()
-    waits = WAITS.validate_python(status["waits"])
-    return tuple(wait.model_copy(update={"since_s": round(wait.since_s + extra_s, 1)}) for wait in waits)
-
-
-def _number(value: JsonValue) -> float:
-    assert isinstance(value, int | float), f"metrics.jsonl holds {value!r} where a number belongs"
-    return float(value)
 
 
 if __name__ == "__main__":

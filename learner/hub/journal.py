@@ -152,11 +152,10 @@ class Journal:
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield
-        except BaseException:
+            self._connection.execute("COMMIT")
+        finally:
             if self._connection.in_transaction:  # a full disk may have rolled it back already
                 self._connection.execute("ROLLBACK")
-            raise
-        self._connection.execute("COMMIT")
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:

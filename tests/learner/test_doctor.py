@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sqlite3
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import orjson
 import pytest
 from rich.console import Console
 
-from learner.doctor import examine, run, show
+from learner.doctor import TAIL_BYTES, examine, run, show
+from learner.hub.__main__ import write_address
 from matpo.errors import UserError
 from matpo.folder import RunFolder
 from tests.learner.hub.bench import bench, make_config, make_tree
@@ -78,6 +80,34 @@ def test_every_kind_of_damage_shows_in_some_sum(tmp_path: Path, damage: str) -> 
         assert vandal.execute(damage).rowcount >= 1
     vandal.close()
     assert not examine(folder, now=0.0).adds_up
+
+
+STATUS = {
+    "stage": "hub",
+    "time": 100.0,
+    "waits": [{"who": "trainer", "what": "a batch", "since_s": 50.0, "limit_s": 60.0, "remedy": "start actors"}],
+    "refused": {"malformed": 2},
+}
+
+
+def test_a_frozen_hub_is_named_and_the_waits_it_wrote_have_grown(tmp_path: Path) -> None:
+    folder = a_run(tmp_path)
+    folder.metrics.write_bytes(orjson.dumps(STATUS) + b"\n")
+    write_address(folder, "tcp://127.0.0.1:1", "ipc:///nowhere")  # of this process, which is alive
+    report = examine(folder, now=130.0)
+    assert [(wait.who, wait.what, wait.since_s) for wait in report.waits] == [
+        ("everybody", "the hub", 30.0),
+        ("trainer", "a batch", 80.0),
+    ]
+    assert (report.state, report.stalls, report.refused) == ("live", 2, {"malformed": 2})
+    assert f"process {os.getpid()} is frozen" in report.waits[0].remedy
+
+
+def test_a_dead_run_shows_what_it_waited_for_when_it_died(tmp_path: Path) -> None:
+    folder = a_run(tmp_path)
+    padding = b'{"stage":"trainer","x":"' + b"x" * (2 * TAIL_BYTES) + b'"}\n'
+    folder.metrics.write_bytes(padding + orjson.dumps(STATUS) + b"\n")
+    assert [wait.since_s for wait in examine(folder, now=1e6).waits] == [50.0]
 
 
 def test_the_report_is_one_json_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,5 +157,5 @@ class LedgerMachine(RuleBasedStateMachine):
         assert worst <= CONFIG.freshness.max_staleness_steps or self.rolled_back
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+LedgerMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=40, deadline=None)
 test_no_order_of_events_loses_or_doubles_a_tree = LedgerMachine.TestCase
