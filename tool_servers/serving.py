@@ -26,6 +26,7 @@ from pydantic import JsonValue
 from tool_servers.stdio import pipe_streams
 
 Arguments = Mapping[str, JsonValue]
+VERSION = "0.1.0"
 
 
 class BadCall(Exception):
@@ -130,7 +131,13 @@ def _server(service: Service) -> Server[dict[str, object]]:
             content=[types.TextContent(text=reply.text)], is_error=reply.is_error, _meta=reply.meta
         )
 
-    server = Server(service.name, instructions=service.instructions, on_list_tools=list_tools, on_call_tool=call_tool)
+    server = Server(
+        service.name,
+        version=VERSION,
+        instructions=service.instructions,
+        on_list_tools=list_tools,
+        on_call_tool=call_tool,
+    )
     # The SDK's only default middleware opens a tracing span per message; nothing here exports spans.
     server.middleware.clear()
     return server

@@ -28,6 +28,9 @@ class PerCallErrors(httpx2.AsyncBaseTransport):
             response = await self._inner.handle_async_request(request)
         except httpx2.TransportError as error:
             return _failure(request, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+        if response.status_code >= 400 and not _explains_itself(request, response):
+            await response.aclose()
+            return _failure(request, f"HTTP status {response.status_code} {response.reason_phrase}".rstrip())
         stream = response.stream
         assert isinstance(stream, httpx2.AsyncByteStream), "an async client streams its answers"
         response.stream = _Capped(stream, self._max)
@@ -58,6 +61,13 @@ class _Capped(httpx2.AsyncByteStream):
     async def aclose(self) -> None:
         """Close the answer."""
         await self._inner.aclose()
+
+
+def _explains_itself(request: httpx2.Request, response: httpx2.Response) -> bool:
+    """Whether the SDK makes sense of an error status: a JSON-RPC body, or 404 for a session that is over."""
+    if response.headers.get("content-type", "").startswith("application/json"):
+        return True
+    return request.method != "POST" or (response.status_code == 404 and "mcp-session-id" in request.headers)
 
 
 def _failure(request: httpx2.Request, reason: str) -> httpx2.Response:

@@ -97,10 +97,11 @@ class ToolPlane:
                 yield cls(_collect(servers, {name: entry.matpo.max_result_bytes for name, entry in entries.items()}))
                 owners.cancel_scope.cancel()
         except BaseExceptionGroup as group:
-            # The task group wraps whatever the block raised; callers want to catch that itself.
-            if len(group.exceptions) == 1:
-                raise group.exceptions[0] from None
-            raise
+            # Task groups wrap whatever the block raised; callers want to catch that itself.
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+                error = error.exceptions[0]
+            raise error from None
 
     @property
     def counts(self) -> dict[tuple[str, str], ToolCount]:

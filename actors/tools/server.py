@@ -36,6 +36,7 @@ CONNECTION_ERRORS = (
     OSError,
     ValidationError,
     httpx2.HTTPError,
+    httpx2.InvalidURL,
     anyio.BrokenResourceError,
     anyio.ClosedResourceError,
     anyio.EndOfStream,
@@ -184,7 +185,7 @@ class ToolServer:
                 _, unknown = group.split(CONNECTION_ERRORS)
                 if unknown is not None:
                     raise
-                return f"{group.exceptions[0]}"
+                return _first_leaf(group)
             finally:
                 self._session = None
                 self._silent_timeouts = 0
@@ -265,8 +266,17 @@ class ToolServer:
 
     def _why_not_started(self, failure: str) -> str:
         if self._entry.command is None:
-            return f"tool server {self.name!r} at {self._entry.url} did not start: {failure}; is it running?"
+            # Without its query, which may hold a key.
+            url = str(self._entry.url).partition("?")[0]
+            return f"tool server {self.name!r} at {url} cannot be used: {failure}; check the url and that it is running"
         words = self._process.last_words() if self._process is not None else ""
         command = " ".join((self._entry.command, *self._entry.args))
         said = f"; its last lines: {words}" if words else "; it said nothing: run it by hand to see why"
         return f"tool server {self.name!r} did not start: {failure}; command: {command}{said}"
+
+
+def _first_leaf(group: ExceptionGroup) -> str:
+    error: Exception = group
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return f"{error}" or type(error).__name__

@@ -7,8 +7,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import anyio
@@ -17,6 +19,7 @@ from pydantic import JsonValue
 
 from actors.tools.plane import ToolPlane
 from matpo.config import Tools
+from matpo.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 
@@ -27,6 +30,52 @@ def corpus(tmp_path: Path) -> Path:
     rows = [{"id": "1", "text": "Ada was born in Lund."}, {"id": "2", "text": "x" * 300_000}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+class NoMcp(BaseHTTPRequestHandler):
+    """A web server that is no MCP server: answers with the status its path names, and a page."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.send_response(int(self.path.strip("/").partition("?")[0]))
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<html>hello</html>")
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quietly."""
+
+
+@pytest.fixture(scope="module")
+def no_mcp() -> Iterator[int]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), NoMcp)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server.server_port
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://127.0.0.1:PORT/401?key=hunter2", "PORT/401 cannot be used: HTTP status 401 Unauthorized"),
+        ("http://127.0.0.1:PORT/404", "HTTP status 404 Not Found"),
+        ("http://127.0.0.1:PORT/500", "HTTP status 500 Internal Server Error"),
+        ("http://127.0.0.1:PORT/200", "Unexpected content type: text/html"),
+        ("127.0.0.1:PORT/mcp", "cannot be used"),
+        ("http://[::1", "Invalid port"),
+        ("http://no.such.host.invalid/mcp", "ConnectError"),
+    ],
+)
+async def test_a_url_that_is_no_mcp_server_is_a_users_error(no_mcp: int, url: str, words: str) -> None:
+    tools = Tools.model_validate({"mcpServers": {"web": {"url": url.replace("PORT", str(no_mcp))}}})
+    with anyio.fail_after(20), pytest.raises(UserError, match="tool server 'web' at ") as caught:
+        async with ToolPlane.open(tools, variables={}):
+            pass
+    assert words.replace("PORT", str(no_mcp)) in str(caught.value)
+    assert "hunter2" not in str(caught.value)
 
 
 @contextmanager

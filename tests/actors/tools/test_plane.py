@@ -196,7 +196,7 @@ async def test_a_server_that_cannot_come_back_fails_calls_at_once_with_the_reaso
             {"command": "${PYTHON}", "args": [HOSTILE, "--slow-start", "60"], "matpo": {"start_timeout_s": 0.5}},
             "no answer within 0.5 s",
         ),
-        ({"url": "http://127.0.0.1:9/mcp"}, "at http://127.0.0.1:9/mcp did not start"),
+        ({"url": "http://127.0.0.1:9/mcp"}, "at http://127.0.0.1:9/mcp cannot be used: ConnectError"),
     ],
 )
 async def test_a_server_that_does_not_start_is_a_users_error_with_its_last_words(
