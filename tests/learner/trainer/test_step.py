@@ -188,6 +188,24 @@ def test_intake_gives_each_trajectory_its_trees_advantage_its_weight_and_its_rol
     assert batch.temperature_K[batch.scored_T[worker]].tolist() == [0.5, 0.5]
 
 
+def test_every_sampled_token_of_two_workers_is_trained_wherever_the_planner_sampled_its_own() -> None:
+    # Released MATPO masks workers with the planner's mask: of these five worker tokens it would train none.
+    good = tree(
+        1.0,
+        trajectory("..x"),
+        trajectory("....xxx", role="worker", parent=(0, 0)),
+        trajectory(".....x.x", role="worker", parent=(0, 0)),
+        name="good",
+    )
+    config = config_with(normalise_by_std=False)
+    bad = tree(0.0, trajectory(".x"), name="bad", episode=1)
+    (batch,) = prepare([good, bad], config, current=0, vocabulary=13, device=CPU).micro_batches
+    worker = batch.role_T == batch.roles.index("worker")
+    assert batch.advantage_T[worker].tolist() == [0.5] * 5
+    assert batch.advantage_T[~worker].tolist() in ([0.5, -0.5], [-0.5, 0.5])
+    assert batch.weight_T[worker].tolist() == pytest.approx([1 / 12] * 5)
+
+
 def test_intake_reports_rewards_and_staleness() -> None:
     report = prepare(good_and_bad(), config_with(), current=3, vocabulary=13, device=CPU).report
     assert (report.groups, report.trees, report.trajectories, report.filtered_trees) == (1, 2, 3, 0)
