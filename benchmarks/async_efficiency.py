@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -306,8 +306,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer steps and a faster tool, within 50 s")
     parser.add_argument("--keep", type=Path, help="folder for the runs (default: a temporary one)")
+    parser.add_argument("--steps", type=int, help=f"optimizer steps of each run (default: {FULL.steps})")
+    parser.add_argument("--median-s", type=float, help=f"of the tool's latency (default: {FULL.median_s:g})")
     options = parser.parse_args()
     setting = QUICK if options.quick else FULL
+    setting = replace(setting, steps=options.steps or setting.steps, median_s=options.median_s or setting.median_s)
     print(
         f"{setting.steps} steps of {setting.groups_per_step} x {setting.group_size} trees; {setting.actors} actors of"
         f" {setting.concurrency} episodes each; tool latency lognormal, median {setting.median_s:g} s, sigma"
