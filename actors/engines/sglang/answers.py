@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Final, Literal
 
 import numpy as np
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from protocols.records import Floats, Tokens
 
 Finish = Literal["stop", "length", "abort"]
+LOGPROB: Final = itemgetter(0)
+"""Of a row [log-probability, token, text]."""
 UNVERSIONED: Final = -1
 """Version of weights the server was started with: nobody announced them."""
 
@@ -49,12 +52,12 @@ def parse_answer(content: bytes, *, filtered: bool) -> Answer:
     try:
         reply = orjson.loads(content)
         meta = reply["meta_info"]
-        tokens = np.array(reply["output_ids"], dtype=np.int32)
-        rows = meta.get("output_token_logprobs") or ()
-        logprobs = np.fromiter((row[0] for row in rows), dtype=np.float32, count=len(rows))
-        drawn = np.fromiter((row[1] for row in rows), dtype=np.int32, count=len(rows))
-        if not np.array_equal(drawn, tokens):
-            raise BadAnswer(f"the server reports log-probabilities of {len(drawn)} tokens for {len(tokens)} tokens")
+        ids = reply["output_ids"]
+        tokens = np.array(ids, dtype=np.int32)
+        rows = meta.get("output_token_logprobs") or []
+        if [row[1] for row in rows] != ids:
+            raise BadAnswer(f"the server reports log-probabilities of {len(rows)} tokens for {len(ids)} other ones")
+        logprobs = np.fromiter(map(LOGPROB, rows), dtype=np.float32, count=len(rows))
         if filtered:
             logprobs = _of_support(meta.get("output_token_sampling_logprobs"), len(tokens))
         finish, detail = _finish(meta.get("finish_reason"))

@@ -24,7 +24,8 @@ END_OF_STREAM: Final = b"[DONE]"
 LARGEST_EVENT_BYTES: Final = 16 * 2**20
 KEEP_ALIVE_S: Final = 3.0
 """The server closes a connection idle for 5 s; ours must be gone by then, or a request would meet the closing end."""
-CONNECT_TIMEOUT_S: Final = 10.0
+CONNECT_TIMEOUT_S: Final = 60.0
+"""Long: thousands of requests at once overflow the queue of a server that accepts slowly; the system tries again."""
 ABORT_TIMEOUT_S: Final = 2.0
 
 

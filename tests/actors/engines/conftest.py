@@ -2,23 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from actors.engines.embedded.engine import EmbeddedEngine
 from actors.engines.engine import Engine
+from actors.engines.sglang.engine import SglangEngine
 from matpo.config import EmbeddedEngine as EmbeddedSettings
+from matpo.config import SglangEngine as SglangSettings
+from tests.actors.engines.servers import PYTHON, SharedServer
 
-CONTEXT = 96
-OpenEngine = Callable[[Path], AbstractAsyncContextManager[Engine]]
+ROWS, CONTEXT = 8, 96
 
 
-@pytest.fixture(params=["embedded"])
+@dataclass(frozen=True)
+class OpenEngine:
+    """Opens an engine with 8 rows and a context of 96 tokens on a model folder."""
+
+    settings: EmbeddedSettings | SglangSettings
+    server: SharedServer | None = None
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a swap recomputes the keys and values of running requests with the new weights."""
+        return isinstance(self.settings, SglangSettings) and self.settings.swap != "in_place"
+
+    def __call__(self, folder: Path) -> AbstractAsyncContextManager[Engine]:
+        if isinstance(self.settings, EmbeddedSettings):
+            return EmbeddedEngine.open(folder, self.settings, seed=1)
+        assert self.server is not None
+        settings = self.settings.model_copy(update={"url": self.server.url(folder)})
+        return SglangEngine.open(folder, settings, seed=1)
+
+    def using(self, **options: str | int) -> OpenEngine:
+        """The same with other settings."""
+        return OpenEngine(self.settings.model_copy(update=options), self.server)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedServer]:
+    """The real SGLang of `make sglang-cpu`."""
+    if not PYTHON.is_file():
+        pytest.fail(f"{PYTHON} does not exist; run `make sglang-cpu`")
+    shared = SharedServer(tmp_path_factory.mktemp("sglang"), rows=ROWS, context=CONTEXT)
+    yield shared
+    shared.stop()
+
+
+@pytest.fixture
+def open_sglang(server: SharedServer) -> OpenEngine:
+    """SGLang alone, with replies token by token."""
+    settings = SglangSettings(device="cpu", dtype="float32", max_context_tokens=CONTEXT, stream_tokens=1)
+    return OpenEngine(settings, server)
+
+
+@pytest.fixture(params=["embedded", pytest.param("sglang", marks=pytest.mark.sglang)])
 def open_engine(request: pytest.FixtureRequest) -> OpenEngine:
-    """Opens an engine with 8 rows and a context of 96 tokens on a model folder. A new kind of engine joins here."""
-    assert request.param == "embedded"
-    settings = EmbeddedSettings(max_batch=8, max_context_tokens=CONTEXT)
-    return lambda folder: EmbeddedEngine.open(folder, settings, seed=1)
+    """Each kind of engine in turn. A new kind joins here."""
+    if request.param == "embedded":
+        return OpenEngine(EmbeddedSettings(max_batch=ROWS, max_context_tokens=CONTEXT))
+    opened: OpenEngine = request.getfixturevalue("open_sglang")
+    return opened

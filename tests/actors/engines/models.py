@@ -23,7 +23,7 @@ def make_model(kind: str, folder: Path, *, seed: int = 0, ends: bool = False) ->
         kind,
         vocab_size=VOCABULARY,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
