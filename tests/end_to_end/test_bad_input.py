@@ -119,12 +119,16 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def lonely_actor(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, subprocess.Popen[str]]:
+def lonely_actor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """An actor whose hub never answers: it waits while the other tests run."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     state = tmp_path_factory.mktemp("lonely")
-    return address, begun("matpo-actor", CONFIG, *SMALL, "--hub", address, "--state", str(state))
+    process = begun("matpo-actor", CONFIG, *SMALL, "--hub", address, "--state", str(state))
+    yield address, process
+    if process.poll() is None:
+        process.kill()
+        process.communicate()
 
 
 CHEAP = {
@@ -249,7 +253,7 @@ TOOLS = {
     ),
     "server that is not there": (
         [f'{SERVER}={{url="http://127.0.0.1:9/mcp"}}'],
-        ["'search' at http://127.0.0.1:9/mcp did not start", "is it running?"],
+        ["'search' at http://127.0.0.1:9/mcp", "running"],
     ),
     "tools file that is broken": (["tools.file=<dir>/broken.json"], ["<dir>/broken.json", "not JSON"]),
     "tool that no server has": (
