@@ -86,19 +86,18 @@ class SglangEngine:
             output = settings.log or Path(tempfile.gettempdir()) / f"matpo-sglang-{os.getpid()}.log"
             launch = None if settings.url else _launcher(client, folder, settings, seed=seed, log=output)
             engine._keeper = Keeper(client, launch, restore=engine._restore, start_timeout_s=settings.start_timeout_s)
+            unusable: UserError | None = None
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(engine._keeper.run, name="sglang server")
                 try:
                     await engine._keeper.wait_started()
                 except ServerDied as error:
-                    if settings.url:
-                        raise UserError(
-                            f"actor.engine.url {settings.url!r}: {error}; start the server first"
-                        ) from error
-                    said = last_words(output)
-                    raise UserError(f"sglang did not start: {error}: {said} (its log is {output})") from error
-                yield engine
+                    unusable = _unusable(settings, output, reason=str(error))
+                else:
+                    yield engine
                 tasks.cancel_scope.cancel()
+            if unusable is not None:
+                raise unusable
 
     @property
     def version(self) -> int:
@@ -278,6 +277,12 @@ def _stop_of(progress: Progress, sampling: Sampling, settings: Settings, facts: 
     if progress.count >= sampling.max_tokens:
         return "length"
     return "context" if len(progress.whole) >= settings.max_context_tokens else None
+
+
+def _unusable(settings: Settings, output: Path, *, reason: str) -> UserError:
+    if settings.url:
+        return UserError(f"actor.engine.url {settings.url!r}: {reason}; start the server first")
+    return UserError(f"sglang did not start: {reason}: {last_words(output)} (its log is {output})")
 
 
 def _launcher(client: SglangClient, folder: Path, settings: Settings, *, seed: int, log: Path) -> Launch:

@@ -1,0 +1,97 @@
+"""A small server that speaks SGLang's interface and does what a test tells it to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import anyio
+from aiohttp import web
+
+from actors.engines.sglang.launch import free_port
+
+Body = Mapping[str, object]
+
+
+@dataclass
+class Stub:
+    """Answers every request with the tokens 1, 2, 3, … of probability 1/2, up to its limit."""
+
+    url: str = ""
+    requests: list[tuple[str, Body]] = field(default_factory=list)
+    """(path, body) of everything asked, but for health."""
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    version: str = "default"
+    break_after: int | None = None
+    """The next streamed reply breaks off after so many tokens."""
+    hang: bool = False
+    """Replies never come."""
+    arrived: anyio.Event = field(default_factory=anyio.Event)
+    """A request for tokens is here."""
+
+    def asked(self, path: str) -> list[Body]:
+        return [body for where, body in self.requests if where == path]
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[None]:
+        app = web.Application()
+        app.router.add_get("/health", self._health)
+        app.router.add_post("/generate", self._generate)
+        app.router.add_post("/{path}", self._other)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        port = free_port()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        self.url = f"http://127.0.0.1:{port}"
+        try:
+            yield
+        finally:
+            await runner.cleanup()
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _other(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.requests.append((request.path, body))
+        if request.path == "/update_weights_from_disk":
+            self.version = body["weight_version"]
+        return web.json_response({"success": True, "message": "", "ranks": [{"checksums": dict(self.checksums)}]})
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.requests.append((request.path, body))
+        self.arrived.set()
+        if self.hang:
+            await anyio.sleep_forever()
+        count = body["sampling_params"]["max_new_tokens"]
+        if not body["stream"]:
+            return web.json_response(answer(1, count, self.version, finished=True))
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for token in range(1, count + 1):
+            if self.break_after is not None and token > self.break_after:
+                self.break_after = None
+                assert request.transport is not None
+                request.transport.abort()
+                return response
+            event = answer(token, token, self.version, finished=token == count)
+            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+
+def answer(first: int, last: int, version: str, *, finished: bool) -> dict[str, object]:
+    """A reply, or an event of one, with the tokens first … last."""
+    tokens = list(range(first, last + 1))
+    meta: dict[str, object] = {
+        "finish_reason": {"type": "length", "length": last} if finished else None,
+        "completion_tokens": last,
+        "weight_version": version,
+        "output_token_logprobs": [[-0.6931472, token, None] for token in tokens],
+    }
+    if finished:
+        meta["weight_versions"] = [{"version": version, "start": 0, "end": last}]
+    return {"output_ids": tokens, "meta_info": meta}
