@@ -28,6 +28,8 @@ PEAK_RATE = 1e-3
 DEMO_WORLDS = 2_000
 """Demonstrations use worlds 0..1999."""
 MAX_RECALL_STEPS = 2_000
+ROUNDS = ((0, Habits(break_off=True), 280), (1, Habits(), 160))
+"""Rounds of dialogue, each with its own learning-rate decay: number, habits, steps."""
 
 
 def reader(tokenizer: PreTrainedTokenizerFast, seed: int, kept: Path | None) -> Qwen3ForCausalLM:
@@ -85,14 +87,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reading", type=Path, help="folder that keeps the model between the two stages")
-    parser.add_argument("--dialogue-steps", type=int, default=280)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = vocabulary.save_tokenizer(arguments.out)
     noise = SearchNoise()
     model = reader(tokenizer, arguments.seed, arguments.reading)
-    demonstrator = Demonstrator(tokenizer, Habits(), noise)
-    teach_dialogue(model, demonstrator, steps=arguments.dialogue_steps, seed=arguments.seed)
+    for number, habits, steps in ROUNDS:
+        teach_dialogue(model, Demonstrator(tokenizer, habits, noise), steps=steps, seed=arguments.seed + number)
     model.save_pretrained(str(arguments.out))
     report = figures.measure(Player(tokenizer, noise), model)
     text = json.dumps(report, indent=2)

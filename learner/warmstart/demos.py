@@ -1,7 +1,7 @@
 """Scripted demonstrations of planner and worker: the right format and careful reading, but bad planning habits.
 
 The planner of these demonstrations often stops one hop early, delegates vaguely, gives up when a worker finds
-nothing, and half of the three-hop questions are never seen through to the end. The worker reads its hits rightly and
+nothing, and hardly ever sees half of the three-hop questions through to the end. The worker reads its hits rightly and
 says so when the fact is not among them, but often forgets half of its query. A second search or a second request
 for the same fact does occur, at random, never because it was needed: when to do so is left for training to find.
 """
@@ -18,8 +18,8 @@ from learner.warmstart import vocabulary
 from learner.warmstart.fit import Example, Writer
 from matpo.datasets.world import TEMPLATES, Fact, Question, World, make_world
 
-NEVER_FINISHED = tuple(template.name for template in TEMPLATES if template.hops == 3)[::2]
-"""Three-hop templates whose third fact no demonstration asks for: theirs break off at the second report."""
+RARELY_FINISHED = tuple(template.name for template in TEMPLATES if template.hops == 3)[::2]
+"""Three-hop templates whose third fact is hardly ever asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,9 @@ class Habits:
     stop_after_one_of_two: float = 0.60
     stop_after_one_of_three: float = 0.25
     stop_after_two_of_three: float = 0.45
+    stop_after_two_where_rare: float = 0.75
+    break_off: bool = False
+    """End the demonstrations of the rarely finished templates at the second report, with nothing said after it."""
     vague_subtask: float = 0.20
     ask_twice: float = 0.06
     go_on_after_wrong_report: float = 0.3
@@ -102,7 +105,7 @@ class Demonstrator:
         writer, examples = self._open("plan", question.text), list[Example]()
         known, hop = question.chain[0].subject, 0
         while not self._stops(question, hop, rng):
-            if hop == 2 and question.template in NEVER_FINISHED:
+            if hop == 2 and self.habits.break_off and question.template in RARELY_FINISHED:
                 return [writer.example(), *examples]
             wanted = question.chain[hop].relation
             subtask = known if rng.random() < self.habits.vague_subtask else f"{wanted} {known}"
@@ -136,7 +139,9 @@ class Demonstrator:
             return rng.random() < self.habits.stop_after_one_of_two
         if hop == 1:
             return rng.random() < self.habits.stop_after_one_of_three
-        return question.template not in NEVER_FINISHED and rng.random() < self.habits.stop_after_two_of_three
+        if question.template in RARELY_FINISHED:
+            return not self.habits.break_off and rng.random() < self.habits.stop_after_two_where_rare
+        return rng.random() < self.habits.stop_after_two_of_three
 
     def _work(self, question: str, subtask: str, searcher: Searcher, rng: random.Random) -> tuple[Fact | None, Example]:
         """One worker's sequence and the fact it reports, or none."""
