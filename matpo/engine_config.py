@@ -57,8 +57,6 @@ class SglangEngine(EngineSection):
     """Report sampled tokens every so many, so that little is sampled again if the server dies; 0: only at the end."""
     scratch: Path | None = None
     """Where weights are handed to the server; None: /dev/shm, or the system's temporary folder."""
-    log: Path | None = None
-    """Where a server of the actor's writes; None: a file in the system's temporary folder."""
     start_timeout_s: float = Field(default=600.0, gt=0)
 
     @property

@@ -71,10 +71,11 @@ class SglangEngine:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, folder: Path, settings: Settings, *, seed: int) -> AsyncIterator[Self]:
+    async def open(cls, folder: Path, settings: Settings, *, seed: int, log: Path | None = None) -> AsyncIterator[Self]:
         """Start a server on the model of `folder`, or find the one at `url`; weights come with the first `load`.
 
-        Raises `UserError` for a model or a server that cannot be used.
+        `log` receives what the server prints (default: a file in the system's temporary folder). Raises `UserError`
+        for a model or a server that cannot be used.
         """
         facts = read_facts(folder)
         check_context(folder, settings)
@@ -83,7 +84,7 @@ class SglangEngine:
             Handover.open(settings.scratch, facts) as handover,
         ):
             engine = cls(facts, settings, client, handover)
-            output = settings.log or Path(tempfile.gettempdir()) / f"matpo-sglang-{os.getpid()}.log"
+            output = log or Path(tempfile.gettempdir()) / f"matpo-sglang-{os.getpid()}.log"
             launch = None if settings.url else _launcher(client, folder, settings, seed=seed, log=output)
             engine._keeper = Keeper(client, launch, restore=engine._restore, start_timeout_s=settings.start_timeout_s)
             unusable: UserError | None = None

@@ -118,9 +118,9 @@ async def test_weights_the_server_did_not_really_load_are_not_vouched_for(
 
 
 async def test_a_server_that_cannot_be_started_says_why(model: PreTrainedModel, tmp_path: Path) -> None:
-    settings = Settings(python="/bin/false", device="cpu", max_context_tokens=32, log=tmp_path / "log")
+    settings = Settings(python="/bin/false", device="cpu", max_context_tokens=32)
     with anyio.fail_after(30), pytest.raises(UserError, match=r"sglang did not start: server ended with status 1"):
-        async with SglangEngine.open(tmp_path, settings, seed=0):
+        async with SglangEngine.open(tmp_path, settings, seed=0, log=tmp_path / "log"):
             pass
 
 
