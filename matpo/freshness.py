@@ -8,7 +8,7 @@ from protocols.records import Record, step_of
 
 
 def admissible(*, version: int, step: int, steps: int, eta: int, trees_per_step: int, in_flight: int) -> int:
-    """Episodes that may start now, sampled by weights of `version` steps, so that none is trained more than `eta` later.
+    """Episodes that may start now, sampled by weights of `version` steps, so that none trains more than `eta` later.
 
     `in_flight` counts episodes admitted and not yet trained, filtered or given up: waiting for an actor, being played,
     or pending in the journal. It is the design's `admitted - returned < (version + eta + 1) * trees_per_step` with the
