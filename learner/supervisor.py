@@ -13,8 +13,7 @@ import anyio
 import structlog
 from anyio.abc import Process
 
-from learner.first_error import first_error
-from matpo.errors import UserError
+from matpo.errors import UserError, first_error
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import TypeVar
+
+Kind = TypeVar("Kind", bound=Exception)
 
 
 class UserError(Exception):
@@ -19,3 +22,13 @@ def run_command(main: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def first_error(group: BaseExceptionGroup[BaseException], *kinds: type[Kind]) -> Kind | None:
+    """The first error of one of these kinds anywhere in a group: task groups raise groups of groups."""
+    for error in group.exceptions:
+        if isinstance(error, kinds):
+            return error
+        if isinstance(error, BaseExceptionGroup) and (inner := first_error(error, *kinds)) is not None:
+            return inner
+    return None

@@ -20,14 +20,13 @@ from pathlib import Path
 import anyio
 import structlog
 
-from learner.first_error import first_error
 from learner.hub.core import Hub, Side
 from learner.hub.journal import Journal, JournalUnreadable
 from learner.hub.service import Service
 from learner.hub.summary import write_summary
 from matpo.config import Config
 from matpo.datasets.load import load_tasks
-from matpo.errors import UserError, run_command
+from matpo.errors import UserError, first_error, run_command
 from matpo.folder import HubAddress, RunFolder
 from matpo.load import load_config
 from matpo.logs import configure_logs

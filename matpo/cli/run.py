@@ -17,7 +17,7 @@ from matpo.cli.display import Display
 from matpo.cli.report import print_report
 from matpo.config import Config
 from matpo.datasets.load import load_tasks
-from matpo.errors import UserError
+from matpo.errors import UserError, first_error
 from matpo.folder import RunFolder
 from matpo.load import load_config
 from matpo.model_files import require_model_files
@@ -107,16 +107,7 @@ def _unwrap(work: Callable[[], bool]) -> bool:
     try:
         return work()
     except BaseExceptionGroup as group:
-        found = _first(group)
+        found = first_error(group, UserError)
         if found is None:
             raise
         raise found from group
-
-
-def _first(group: BaseExceptionGroup) -> UserError | None:
-    for error in group.exceptions:
-        if isinstance(error, UserError):
-            return error
-        if isinstance(error, BaseExceptionGroup) and (inner := _first(error)) is not None:
-            return inner
-    return None
