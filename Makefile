@@ -35,10 +35,11 @@ sglang-cpu: .venv-sglang/.ready  ## install SGLang for the CPU, to test against 
 sglang-test: $(READY) .venv-sglang/.ready  ## the engines' contract against a real SGLang server on the CPU
 	$(BIN)/python -m pytest -m sglang --timeout=600 --durations=5
 
-warmstart: $(READY)  ## remake the quick start's model from scratch (about an hour)
+warmstart: $(READY)  ## remake the quick start's model from scratch (a quarter of an hour on an idle core)
 	$(BIN)/python -m learner.warmstart --out models/quickstart
 
 lock: $(READY)  ## write requirements.lock from what pyproject.toml resolves to today
+	@mkdir -p .cache
 	$(BIN)/python -m pip install --dry-run --ignore-installed --quiet --report .cache/resolved.json \
 	    'torch==2.13.0' -e '.[torch,sandbox,smollm2,dev]'
 	$(BIN)/python scripts/write_lock.py .cache/resolved.json requirements.lock
