@@ -19,6 +19,8 @@ Launch = Callable[[int], AbstractAsyncContextManager[anyio.abc.Process]]
 PULSE_S = 5.0
 PULSE_DEADLINE_S = 30.0
 """The server itself gives its scheduler 20 s to answer a health request."""
+MISSED_PULSES = 2
+"""In a row: a crowded machine may miss one."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 STARTING_LOOK_S = 0.25
 
@@ -128,9 +130,12 @@ class Keeper:
 
             async def falls_silent() -> None:
                 nonlocal reason
-                while self._condemned is None and (self.busy or await self._pulse()):
-                    with anyio.move_on_after(PULSE_S):
-                        await self._suspected.wait()
+                missed = 0
+                while self._condemned is None and missed < MISSED_PULSES:
+                    missed = 0 if self.busy or await self._pulse() else missed + 1
+                    if not missed:
+                        with anyio.move_on_after(PULSE_S):
+                            await self._suspected.wait()
                 reason = self._condemned or f"server at {self._client.url} is not healthy"
                 tasks.cancel_scope.cancel()
 
