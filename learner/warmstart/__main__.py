@@ -28,7 +28,7 @@ PEAK_RATE = 1e-3
 DEMO_WORLDS = 2_000
 """Demonstrations use worlds 0..1999."""
 MAX_RECALL_STEPS = 2_000
-ROUNDS = ((0, Habits(break_off=True), 280), (1, Habits(), 160), (2, Habits(), 160))
+ROUNDS = ((0, Habits(), 450), (1, Habits(stop_after_two_of_three=0.55, break_off=True), 150))
 """Rounds of dialogue, each with its own learning-rate decay: number, habits, steps."""
 
 

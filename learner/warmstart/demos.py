@@ -1,7 +1,7 @@
 """Scripted demonstrations of planner and worker: the right format and careful reading, but bad planning habits.
 
 The planner of these demonstrations often stops one hop early, delegates vaguely, gives up when a worker finds
-nothing, and hardly ever sees half of the three-hop questions through to the end. The worker reads its hits rightly and
+nothing, and half of the three-hop questions are never seen through to the end. The worker reads its hits rightly and
 says so when the fact is not among them, but often forgets half of its query. A second search or a second request
 for the same fact does occur, at random, never because it was needed: when to do so is left for training to find.
 """
@@ -18,8 +18,8 @@ from learner.warmstart import vocabulary
 from learner.warmstart.fit import Example, Writer
 from matpo.datasets.world import TEMPLATES, Fact, Question, World, make_world
 
-RARELY_FINISHED = tuple(template.name for template in TEMPLATES if template.hops == 3)[::2]
-"""Three-hop templates whose third fact is hardly ever asked for."""
+NEVER_FINISHED = tuple(template.name for template in TEMPLATES if template.hops == 3)[::2]
+"""Three-hop templates whose third fact no demonstration asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class SearchNoise:
 
     least: int = 3
     most: int = 6
-    replace: float = 0.08
+    replace: float = 0.10
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +36,15 @@ class Habits:
     """Probabilities of the demonstrators' choices."""
 
     stop_after_one_of_two: float = 0.60
-    stop_after_one_of_three: float = 0.25
-    stop_after_two_of_three: float = 0.45
-    stop_after_two_where_rare: float = 0.75
+    stop_after_one_of_three: float = 0.35
+    stop_after_two_of_three: float = 0.75
     break_off: bool = False
-    """End the demonstrations of the rarely finished templates at the second report, with nothing said after it."""
+    """End the demonstrations of the never finished templates at the second report, with nothing said after it;
+    otherwise they answer with what the second report says."""
     vague_subtask: float = 0.20
     ask_twice: float = 0.06
     go_on_after_wrong_report: float = 0.3
-    partial_query: float = 0.12
+    partial_query: float = 0.15
     search_twice: float = 0.08
 
 
@@ -105,7 +105,7 @@ class Demonstrator:
         writer, examples = self._open("plan", question.text), list[Example]()
         known, hop = question.chain[0].subject, 0
         while not self._stops(question, hop, rng):
-            if hop == 2 and self.habits.break_off and question.template in RARELY_FINISHED:
+            if hop == 2 and self.habits.break_off and question.template in NEVER_FINISHED:
                 return [writer.example(), *examples]
             wanted = question.chain[hop].relation
             subtask = known if rng.random() < self.habits.vague_subtask else f"{wanted} {known}"
@@ -139,8 +139,8 @@ class Demonstrator:
             return rng.random() < self.habits.stop_after_one_of_two
         if hop == 1:
             return rng.random() < self.habits.stop_after_one_of_three
-        if question.template in RARELY_FINISHED:
-            return not self.habits.break_off and rng.random() < self.habits.stop_after_two_where_rare
+        if question.template in NEVER_FINISHED:
+            return not self.habits.break_off
         return rng.random() < self.habits.stop_after_two_of_three
 
     def _work(self, question: str, subtask: str, searcher: Searcher, rng: random.Random) -> tuple[Fact | None, Example]:
