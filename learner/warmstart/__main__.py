@@ -28,8 +28,8 @@ PEAK_RATE = 1e-3
 DEMO_WORLDS = 2_000
 """Demonstrations use worlds 0..1999."""
 MAX_RECALL_STEPS = 2_000
-ROUNDS = ((0, Habits(), 450), (1, Habits(stop_after_two_of_three=0.55, break_off=True), 150))
-"""Rounds of dialogue, each with its own learning-rate decay: number, habits, steps."""
+ROUNDS = ((0, Habits(), 450, 1e-3), (1, Habits(stop_after_two_of_three=0.55, break_off=True), 150, 7e-4))
+"""Rounds of dialogue, each with its own cosine decay: number, habits, steps, peak learning rate."""
 
 
 def reader(tokenizer: PreTrainedTokenizerFast, seed: int, kept: Path | None) -> Qwen3ForCausalLM:
@@ -62,14 +62,14 @@ def teach_reading(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, r
     raise RuntimeError(f"reading stayed at level {level} after {MAX_RECALL_STEPS} steps; try another --seed")
 
 
-def teach_dialogue(model: Qwen3ForCausalLM, demonstrator: Demonstrator, *, steps: int, seed: int) -> None:
+def teach_dialogue(model: Qwen3ForCausalLM, demonstrator: Demonstrator, *, steps: int, rate: float, seed: int) -> None:
     """Imitation of the demonstrations, with recall beside it so that reading stays."""
     rng = random.Random(f"matpo-dialogue-{seed}")
     tokenizer = demonstrator.tokenizer
-    fitter = Fitter(model, int(tokenizer.pad_token_id), rate=PEAK_RATE)
+    fitter = Fitter(model, int(tokenizer.pad_token_id), rate=rate)
     began = time.monotonic()
     for step in range(1, steps + 1):
-        fitter.rate = PEAK_RATE * cosine(step / steps)
+        fitter.rate = rate * cosine(step / steps)
         batch: list[Example] = []
         while len(batch) < DEMO_BATCH:
             asked = rng.choice(questions(rng.randrange(DEMO_WORLDS), figures.QUESTIONS_PER_WORLD))
@@ -92,8 +92,9 @@ def main() -> None:
     tokenizer = vocabulary.save_tokenizer(arguments.out)
     noise = SearchNoise()
     model = reader(tokenizer, arguments.seed, arguments.reading)
-    for number, habits, steps in ROUNDS:
-        teach_dialogue(model, Demonstrator(tokenizer, habits, noise), steps=steps, seed=arguments.seed + number)
+    for number, habits, steps, rate in ROUNDS:
+        demonstrator = Demonstrator(tokenizer, habits, noise)
+        teach_dialogue(model, demonstrator, steps=steps, rate=rate, seed=arguments.seed + number)
     model.save_pretrained(str(arguments.out))
     report = figures.measure(Player(tokenizer, noise), model)
     text = json.dumps(report, indent=2)
