@@ -21,7 +21,7 @@ from matpo.cli.display import share
 from matpo.cli.lines import SummaryFile
 
 CONFIG = ROOT / "configs" / "quickstart.toml"
-FRESH_FIRST_SEED = 400_000
+FRESH_FIRST_SEED = 500_000
 """First world of the questions looked at once: seed s asks about worlds from FRESH_FIRST_SEED + 1000 s on."""
 QUESTIONS = 300
 QUICK = ["run.steps=4", "learner.groups_per_step=4", "evaluation.every_steps=0"]
