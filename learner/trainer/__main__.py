@@ -29,6 +29,8 @@ from protocols.records import version_of
 
 log = structlog.get_logger()
 
+INTERRUPTED = 130
+
 
 class TrainerMetrics(StepReport, IntakeReport):
     """One line of stage `trainer` in metrics.jsonl."""
@@ -94,7 +96,8 @@ def train(folder: RunFolder, config: Config, metrics: MetricsFile, stopping: thr
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Exit code 0: the last step is taken, or SIGTERM/SIGINT was obeyed. 1: the supervisor should start it again."""
+    """Exit code 0: the last step is taken. 130: SIGTERM/SIGINT was obeyed. Both 1 and 130 let a supervisor that goes
+    on itself start it again."""
     parser = argparse.ArgumentParser(prog="python -m learner.trainer", description=__doc__)
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="folder of the run")
     folder = RunFolder.existing(parser.parse_args(arguments).run)
@@ -112,7 +115,7 @@ def run(arguments: Sequence[str]) -> int:
         return 1
     finally:
         metrics.close()
-    return 0
+    return INTERRUPTED if stopping.is_set() else 0
 
 
 if __name__ == "__main__":
