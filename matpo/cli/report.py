@@ -65,7 +65,9 @@ def figures(summary: SummaryFile, *, seconds: float) -> Table:
 
 def _add(table: Table, name: str, change: Change) -> None:
     gain = None if change.before is None or change.after is None else change.after - change.before
-    table.add_row(name, share(change.before), share(change.after), "–" if gain is None else f"{100 * gain:+.0f} points")
+    table.add_row(
+        name, share(change.before), share(change.after), "–" if gain is None else f"{round(100 * gain):+d} points"
+    )
 
 
 def _episode(name: str, trace: TraceFile, width: int) -> Panel:
