@@ -63,6 +63,8 @@ class Command:
     def descendants(self, *words: str) -> list[psutil.Process]:
         """Processes below this one whose command line holds all `words`."""
         found = []
+        if self.process.poll() is not None:
+            return []
         for child in psutil.Process(self.process.pid).children(recursive=True):
             try:
                 line = child.cmdline()
