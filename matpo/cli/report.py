@@ -95,7 +95,7 @@ def _children(trajectories: tuple[TracedTrajectory, ...], parent: tuple[int, int
 
 def plain(text: str) -> str:
     """A turn as people read it: without control tokens, calls as name(argument)."""
-    text = re.sub(r"<\|(?:im_start\|>)?\s*\w+\s*\|?>", " ", text)
+    text = re.sub(r"<\|im_start\|>\s*\w+|<\|\s*\w+\s*\|>", " ", text)
     text = re.sub(
         r'<tool_call>\s*\{"name":\s*"(\w+)",\s*"arguments":\s*\{"\w+":\s*"([^"]*)"\}\}\s*</tool_call>',
         lambda call: f"{call[1]}({call[2].strip()})",
