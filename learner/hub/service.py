@@ -21,6 +21,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 INBOX_MESSAGES = 64
 """Received and not yet handled; beyond it the network waits."""
+FAREWELL_S = 3.0
+"""Longest that a hub that is done waits for its actors to say goodbye."""
 TICK_S = 0.25
 
 
@@ -97,7 +99,19 @@ class Service:
             if complete or interrupted or now_s >= self._next_status_s:
                 self._report(now_s)
             if complete or interrupted:
+                await self._farewell(inbox)
                 return complete
+
+    async def _farewell(self, inbox: MemoryObjectReceiveStream[Event]) -> None:
+        """Stay until the actors have left, or a few seconds: each hears that it may go, and its last trees are kept."""
+        with anyio.move_on_after(FAREWELL_S):
+            while self._hub.roster.live(time.monotonic()):
+                events = [*self._undelivered, await inbox.receive(), *_waiting(inbox)]
+                self._undelivered = []
+                with self._journal.transaction():
+                    self._handle(events, now_s=time.monotonic(), at=time.time())
+                    self._hub.drain(self._hub.draining or "the run is ending")
+                await self._send_all()
 
     def _handle(self, events: list[Event], *, now_s: float, at: float) -> bool:
         """Act on events in their order; True when one of them asks the hub to end."""
