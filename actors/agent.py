@@ -127,13 +127,13 @@ class Agent:
 
     async def _generate(self, sampling: Sampling) -> Generation:
         """Ask the engine, and once more from the same tokens if it fails."""
-        stage, prompt = self._stage, self.run.talk.tokens
+        stage, prompt, group = self._stage, self.run.talk.tokens, self._scene.group_id
         deadline_s = stage.config.actor.generate_timeout_s
         stage.note_weights()
         try:
-            generation = await stage.engine.generate(prompt, sampling, deadline_s=deadline_s)
+            generation = await stage.engine.generate(prompt, sampling, deadline_s=deadline_s, group=group)
         except EngineFailure:
-            generation = await stage.engine.generate(prompt, sampling, deadline_s=deadline_s)
+            generation = await stage.engine.generate(prompt, sampling, deadline_s=deadline_s, group=group)
         stage.note_weights()
         return generation
 

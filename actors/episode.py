@@ -31,7 +31,7 @@ async def play_episode(
     Infrastructure trouble (a tool outage, an engine that died, the time limit) is in the statuses and leaves every
     reward None; it raises nothing. Cancelling the call from outside cancels the episode and nothing is returned.
     """
-    scene = Scene(stage, task, purpose)
+    scene = Scene(stage, task, purpose, group_id=group_id)
     settings = stage.config.episode
     with anyio.move_on_after(settings.timeout_s):
         await WORKFLOWS[settings.workflow](scene)

@@ -152,10 +152,11 @@ class Run:
 class Scene:
     """One episode being played. Agents join it by themselves; whatever happens, what they did so far is here."""
 
-    def __init__(self, stage: Stage, task: Task, purpose: Purpose) -> None:
+    def __init__(self, stage: Stage, task: Task, purpose: Purpose, *, group_id: str) -> None:
         self.stage = stage
         self.task = task
         self.purpose: Purpose = purpose
+        self.group_id = group_id
         self.runs: list[Run] = []
         self.spans: list[ToolSpan] = []
         self.started_at = time.time()

@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from matpo.engine_config import EmbeddedEngine as EmbeddedEngine
 from matpo.engine_config import Engine as Engine
 from matpo.engine_config import SglangEngine as SglangEngine
-
-
-class Section(BaseModel):
-    """Base of every part of the settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from matpo.section import Section
+from matpo.tools_config import McpServer as McpServer
+from matpo.tools_config import ServerExtras as ServerExtras
+from matpo.tools_config import Tools as Tools
 
 
 class Sampling(Section):
@@ -155,53 +153,6 @@ class Actor(Section):
         return {"kind": EmbeddedEngine().kind, **value} if isinstance(value, dict) else value
 
 
-class McpServer(Section):
-    """One entry of the usual `mcpServers` object, with our extras under `matpo`."""
-
-    command: str | None = None
-    args: tuple[str, ...] = ()
-    env: dict[str, str] = {}
-    cwd: str | None = None
-    url: str | None = None
-    headers: dict[str, str] = {}
-    type: Literal["stdio", "http", "streamable-http", "streamableHttp"] | None = None
-    matpo: ServerExtras = Field(default_factory=lambda: ServerExtras())
-
-    @model_validator(mode="after")
-    def _one_way_in(self) -> McpServer:
-        if (self.command is None) == (self.url is None):
-            raise ValueError("an MCP server needs either `command` (stdio) or `url` (HTTP), and not both")
-        return self
-
-
-class ServerExtras(Section):
-    """What matpo adds to an MCP server entry."""
-
-    timeout_s: float = Field(default=30.0, gt=0)
-    max_inflight: int = Field(default=64, ge=1)
-    max_result_bytes: int = Field(default=200_000, ge=1)
-    start_timeout_s: float = Field(default=30.0, gt=0)
-    idempotent: tuple[str, ...] = ()
-    """Tools that may be called again after an infrastructure failure."""
-    retries: int = Field(default=2, ge=0)
-    """For idempotent tools."""
-    allow: tuple[str, ...] = ()
-    """Only these tools; empty allows all."""
-    deny: tuple[str, ...] = ()
-
-
-McpServer.model_rebuild()
-
-
-class Tools(Section):
-    """The MCP servers the actors start or connect to."""
-
-    mcpServers: dict[str, McpServer] = {}
-    """Inline entries, as in Claude Desktop, Claude Code or Cursor files. `${VAR}` and `${VAR:-default}` expand."""
-    file: Path | None = None
-    """A JSON file with the same object, read beside the inline entries."""
-
-
 class Hub(Section):
     """Leases, journal and weights."""
 
@@ -280,7 +231,7 @@ class Learner(Section):
     weighting: Literal["tree", "token", "trajectory", "constant"] = "tree"
     constant_tokens: int = Field(default=1024, ge=1)
     """`constant` weighting (Dr. GRPO): every tree is divided by this many tokens."""
-    role_factors: dict[str, float] = {}
+    role_factors: dict[str, float] = Field(default={})
     """Multiplies the loss weight of a role's tokens; 1 for roles not named, 0 freezes a role."""
     objective: Objective = Dppo()
     optimizer_steps_per_batch: int = Field(default=1, ge=1)

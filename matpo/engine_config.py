@@ -5,16 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from matpo.section import Section
 
 
-class EngineSection(BaseModel):
-    """Base of the engines' settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class EmbeddedEngine(EngineSection):
+class EmbeddedEngine(Section):
     """Continuous batching in the actor's own process, for CPU or one small GPU."""
 
     kind: Literal["embedded"] = "embedded"
@@ -27,7 +23,7 @@ class EmbeddedEngine(EngineSection):
     """Key/value slots per sequence."""
 
 
-class SglangEngine(EngineSection):
+class SglangEngine(Section):
     """A SGLang server: started by the actor and restarted when it dies, or somebody else's at `url`."""
 
     kind: Literal["sglang"] = "sglang"

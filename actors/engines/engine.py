@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from matpo.config import Sampling
@@ -69,16 +70,19 @@ class Engine(Protocol):
         """Digest of the weights in use, as `protocols.weights.weights_digest` computes it."""
         ...
 
-    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float) -> Generation:
-        """Sample a continuation of `tokens`.
+    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:
+        """Sample a continuation of `tokens`. Requests of one `group` share prefixes: an engine may keep them together.
 
         Raises `ValueError` for a token outside the vocabulary or an empty prompt, `EngineFailure` if the engine dies
         or `deadline_s` passes. A weight swap in between is invisible but for `versions`.
         """
         ...
 
-    async def load(self, weights: Weights, *, version: int) -> LoadReport:
-        """Swap in new weights between two decoding steps; running requests continue from their tokens."""
+    async def load(self, weights: Weights, *, version: int, file: Path | None = None) -> LoadReport:
+        """Swap in new weights between two decoding steps; running requests continue from their tokens.
+
+        `file`: the safetensors file `weights` are mapped from, if there is one; it stays as it is until the next load.
+        """
         ...
 
     async def health(self) -> EngineHealth: ...

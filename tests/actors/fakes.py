@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from pydantic import JsonValue
@@ -115,7 +116,7 @@ class ScriptedEngine:
     def digest(self) -> str:
         return f"digest-{self._version}"
 
-    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float) -> Generation:
+    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:
         self.prompts.append(tokens)
         self.samplings.append(sampling)
         said = await self._script(decoded(self._tokenizer, tokens), sampling)
@@ -131,7 +132,7 @@ class ScriptedEngine:
             versions[len(ids) // 2 :] = said.new_version
         return Generation(np.array(ids, dtype=np.int32), np.full(len(ids), -0.5, dtype=np.float32), versions, stop)
 
-    async def load(self, weights: Weights, *, version: int) -> LoadReport:
+    async def load(self, weights: Weights, *, version: int, file: Path | None = None) -> LoadReport:
         self._version = version
         return LoadReport(version, self.digest, 0.0)
 

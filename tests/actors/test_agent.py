@@ -51,7 +51,7 @@ def says(*messages: Say | str) -> Script:
 
 async def play(script: Script, role: Mapping[str, object] = SOLVER, **episode: object) -> tuple[Agent, Scene, Report]:
     on_stage, _ = stage(settings({"solver": role}, workflow="single_agent", **episode), script, tools=SEARCH)
-    scene = Scene(on_stage, task(), "train")
+    scene = Scene(on_stage, task(), "train", group_id="g")
     agent = Agent(scene, "solver", "Who?")
     return agent, scene, await agent.play()
 
@@ -200,7 +200,7 @@ async def test_a_tool_outage_is_told_to_the_model_and_marks_the_trajectory() -> 
     tools = FakeTools({"search": (down, ("query",))})
     on_stage, _ = stage(settings({"solver": SOLVER}, workflow="single_agent"), says(call("search", query="x"), "Ann"),
                         tools=tools)  # fmt: skip
-    scene = Scene(on_stage, task(), "train")
+    scene = Scene(on_stage, task(), "train", group_id="g")
     agent = Agent(scene, "solver", "Who?")
     await agent.play()
     assert "search is down" in transcript(agent)[2][1]
@@ -215,7 +215,7 @@ async def test_arguments_the_task_fixes_are_hidden_from_the_model_and_sent_to_th
         tools=tools,
     )
     fixed = task().model_copy(update={"tool_arguments": {"search": {"collection": "world-3"}}})
-    agent = Agent(Scene(on_stage, fixed, "train"), "solver", "Who?")
+    agent = Agent(Scene(on_stage, fixed, "train", group_id="g"), "solver", "Who?")
     await agent.play()
     texts = transcript(agent)
     assert "collection" not in texts[0][1] and '"query"' in texts[0][1]
@@ -226,8 +226,8 @@ async def test_arguments_the_task_fixes_are_hidden_from_the_model_and_sent_to_th
 async def test_evaluation_samples_at_its_own_temperature() -> None:
     config = settings({"solver": {**SOLVER, "sampling": {"temperature": 0.7}}}, workflow="single_agent")
     on_stage, engine = stage(config, says("a", "b"), tools=SEARCH)
-    await Agent(Scene(on_stage, task(), "train"), "solver", "Who?").play()
-    await Agent(Scene(on_stage, task(), "eval"), "solver", "Who?").play()
+    await Agent(Scene(on_stage, task(), "train", group_id="g"), "solver", "Who?").play()
+    await Agent(Scene(on_stage, task(), "eval", group_id="g"), "solver", "Who?").play()
     assert [sampling.temperature for sampling in engine.samplings] == [0.7, 0.0]
 
 

@@ -64,10 +64,10 @@ class HoldingEngine:
         self.loaded: list[int] = []
         self.refuses = False
 
-    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float) -> Generation:
+    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:
         raise NotImplementedError
 
-    async def load(self, weights: Weights, *, version: int) -> LoadReport:
+    async def load(self, weights: Weights, *, version: int, file: Path | None = None) -> LoadReport:
         if self.refuses:
             raise ValueError("weights do not fit the model: missing ['v']")
         self.version, self.digest = version, weights_digest(weights)

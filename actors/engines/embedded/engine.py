@@ -79,7 +79,7 @@ class EmbeddedEngine:
         """Digest of the weights in use, read back from the device."""
         return self._digest
 
-    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float) -> Generation:
+    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:
         """Sample a continuation; see `Engine.generate`. Also raises `ValueError` for a prompt that fills the context.
 
         A caller that is cancelled or too late frees its row at the next decoding step.
@@ -101,7 +101,7 @@ class EmbeddedEngine:
             )
         return request.result
 
-    async def load(self, weights: Weights, *, version: int) -> LoadReport:
+    async def load(self, weights: Weights, *, version: int, file: Path | None = None) -> LoadReport:
         """Build the new parameters beside the old ones while generation goes on, then swap between two steps.
 
         Raises `ValueError` when the tensors do not fit the model; the old weights then stay.

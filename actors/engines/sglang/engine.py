@@ -110,7 +110,7 @@ class SglangEngine:
         """Digest of the weights in use; with `attest`, the server's own checksums agreed with it."""
         return self._digest
 
-    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float) -> Generation:
+    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:
         """Sample a continuation; see `Engine.generate`. Also raises `ValueError` for a prompt that fills the context.
 
         A server that dies in between is waited for, and sampling goes on from the tokens that had arrived.
@@ -134,7 +134,7 @@ class SglangEngine:
             " raise actor.generate_timeout_s"
         )
 
-    async def load(self, weights: Weights, *, version: int) -> LoadReport:
+    async def load(self, weights: Weights, *, version: int, file: Path | None = None) -> LoadReport:
         """Hand the weights over as a file, pause, load, compare checksums, resume.
 
         Raises `ValueError` when the tensors do not fit the model; the old weights then stay. Raises `EngineFailure`

@@ -50,7 +50,7 @@ async def test_workers_of_one_message_run_side_by_side_and_report_in_call_order(
         return f"{subtask} result"
 
     on_stage, engine = stage(settings(ROLES), script, tools=tools())
-    scene = Scene(on_stage, task(), "train")
+    scene = Scene(on_stage, task(), "train", group_id="g")
     with anyio.fail_after(5):
         await planner_worker(scene)
     assert log == ["slow starts", "quick starts", "quick ends", "slow ends"]
@@ -73,7 +73,7 @@ async def test_a_worker_starts_afresh_with_the_recap_of_the_question() -> None:
         return {1: call("worker", subtask=" look {question} up "), 2: "fact"}.get(len(prompts), "Ann")
 
     on_stage, _ = stage(settings(ROLES), script, tools=tools())
-    await planner_worker(Scene(on_stage, task("Who is {subtask}?"), "train"))
+    await planner_worker(Scene(on_stage, task("Who is {subtask}?"), "train", group_id="g"))
     assert prompts[1] == (
         "<|im_start|>system\nWork.<|im_end|>\n<|im_start|>user\nMain question: Who is {subtask}?\n"
         "Your subtask: look {question} up<|im_end|>\n<|im_start|>assistant\n"
@@ -90,7 +90,7 @@ async def test_without_recap_the_worker_sees_its_subtask_alone() -> None:
 
     roles = {**ROLES, "worker": {**ROLES["worker"], "recap": False}}
     on_stage, _ = stage(settings(roles), script, tools=tools())
-    await planner_worker(Scene(on_stage, task(), "train"))
+    await planner_worker(Scene(on_stage, task(), "train", group_id="g"))
     assert last_message(prompts[1]) == "look"
 
 
@@ -107,7 +107,7 @@ async def test_roles_may_only_call_what_they_were_given() -> None:
 
     box = tools()
     on_stage, _ = stage(settings(ROLES), script, tools=box)
-    scene = Scene(on_stage, task(), "train")
+    scene = Scene(on_stage, task(), "train", group_id="g")
     await planner_worker(scene)
     assert not box.seen and len(scene.runs) == 2
     assert [(span.tool, span.outcome, span.server) for span in scene.spans] == [
@@ -124,7 +124,7 @@ async def test_delegation_goes_to_any_depth_but_not_on_for_ever() -> None:
 
     roles = {**ROLES, "worker": {**ROLES["worker"], "delegates": ["worker"]}}
     on_stage, _ = stage(settings(roles), script, tools=tools())
-    scene = Scene(on_stage, task(), "train")
+    scene = Scene(on_stage, task(), "train", group_id="g")
     await planner_worker(scene)
     assert [run.parent for run in scene.runs] == [None, *[(depth, 1) for depth in range(MAX_DEPTH)]]
     assert {run.status for run in scene.runs} == {"done"}
@@ -139,6 +139,6 @@ async def test_a_worker_without_a_report_says_so_to_its_planner() -> None:
 
     roles = {**ROLES, "worker": {**ROLES["worker"], "max_turns": 1}}
     on_stage, _ = stage(settings(roles), script, tools=tools())
-    scene = Scene(on_stage, task(), "train")
+    scene = Scene(on_stage, task(), "train", group_id="g")
     await planner_worker(scene)
     assert scene.runs[0].final == "Ann" and scene.runs[1].status == "turn_limit"

@@ -13,7 +13,7 @@ async def test_the_root_role_answers_the_question_by_itself() -> None:
         return f"You asked: {last_message(prompt)}"
 
     on_stage, _ = stage(settings({"solver": {"system": "Solve."}}, workflow="single_agent"), script)
-    scene = Scene(on_stage, task("Who?"), "train")
+    scene = Scene(on_stage, task("Who?"), "train", group_id="g")
     await single_agent(scene)
     assert [(run.role, run.parent, run.final, run.status) for run in scene.runs] == [
         ("solver", None, "You asked: Who?", "done")
