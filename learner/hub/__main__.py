@@ -86,10 +86,7 @@ async def serve(config: Config, folder: RunFolder) -> int:
             evaluation=evaluation,
             now_s=time.monotonic(),
         )
-        async with (
-            bind_for_actors(config, folder) as actors,
-            HubSocket.bind(trainer_address(folder), max_message_bytes=config.hub.max_message_bytes) as trainer,
-        ):
+        async with bind_for_actors(config, folder) as actors, bind_for_trainer(config, folder) as trainer:
             write_address(folder, actors.endpoint, trainer.endpoint)
             log.info("listening", endpoint=actors.endpoint, trainer=trainer.endpoint, step=hub.batches.step)
             sockets: dict[Side, HubSocket] = {"actors": actors, "trainer": trainer}
@@ -122,6 +119,19 @@ async def bind_for_actors(config: Config, folder: RunFolder) -> AsyncIterator[Hu
         yield socket
 
 
+@asynccontextmanager
+async def bind_for_trainer(config: Config, folder: RunFolder) -> AsyncIterator[HubSocket]:
+    """Listen on a socket file, which goes when the hub goes."""
+    path = trainer_path(folder)
+    try:
+        async with HubSocket.bind(f"ipc://{path}", max_message_bytes=config.hub.max_message_bytes) as socket:
+            yield socket
+    finally:
+        path.unlink(missing_ok=True)
+        if path.parent != folder.path:
+            path.parent.rmdir()
+
+
 def listen_address(config: Config, folder: RunFolder) -> str:
     """The configured address; a restarted hub takes the port its predecessor was given, where actors look for it."""
     wanted = config.hub.listen
@@ -131,7 +141,7 @@ def listen_address(config: Config, folder: RunFolder) -> str:
     return former if former.rsplit(":", 1)[0] == wanted.rsplit(":", 1)[0] else wanted
 
 
-def trainer_address(folder: RunFolder) -> str:
+def trainer_path(folder: RunFolder) -> Path:
     """`hub.ipc` in the run's folder, or a short path of our own elsewhere where that one is too long for a socket.
 
     The same after every restart, because a running trainer asks there again. Raises `UserError` if the short path is
@@ -139,14 +149,14 @@ def trainer_address(folder: RunFolder) -> str:
     """
     path = folder.path / "hub.ipc"
     if len(os.fsencode(path)) <= LONGEST_IPC_BYTES:
-        return f"ipc://{path}"
+        return path
     digest = hashlib.sha256(os.fsencode(folder.path)).hexdigest()[:16]
     room = Path(tempfile.gettempdir()) / f"matpo-{os.getuid()}-{digest}"
     room.mkdir(mode=0o700, exist_ok=True)
     found = room.lstat()
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or stat.S_IMODE(found.st_mode) & 0o077:
         raise UserError(f"folder {str(room)!r} is not ours alone; remove it, or set run.dir to a shorter path")
-    return f"ipc://{room / 'hub.ipc'}"
+    return room / "hub.ipc"
 
 
 def write_address(folder: RunFolder, endpoint: str, trainer_endpoint: str) -> None:

@@ -14,7 +14,7 @@ import orjson
 import pytest
 
 from learner.doctor import examine
-from learner.hub.__main__ import bind_for_actors, give_up, listen_address, trainer_address, write_address
+from learner.hub.__main__ import bind_for_actors, bind_for_trainer, give_up, listen_address, trainer_path, write_address
 from learner.hub.core import Hub, Side
 from learner.hub.journal import Journal, JournalUnreadable
 from learner.hub.ledger import checks, read_ledger
@@ -73,7 +73,7 @@ async def serve(folder: RunFolder, config: Config, started: anyio.Event) -> bool
         )  # fmt: skip
         async with (
             HubSocket.bind(listen_address(config, folder)) as actors,
-            HubSocket.bind(trainer_address(folder)) as trainer,
+            bind_for_trainer(CONFIG, folder) as trainer,
         ):
             write_address(folder, actors.endpoint, trainer.endpoint)
             started.set()
@@ -257,10 +257,21 @@ async def test_the_doctor_reads_a_live_hub_and_a_dead_one(tmp_path: Path) -> Non
 
 
 def test_a_long_run_path_gets_a_short_socket_path(tmp_path: Path) -> None:
-    assert trainer_address(RunFolder(Path("/r"))) == "ipc:///r/hub.ipc"
+    assert trainer_path(RunFolder(Path("/r"))) == Path("/r/hub.ipc")
     long = RunFolder(tmp_path / ("x" * 90))
-    assert len(trainer_address(long)) < 96
-    assert trainer_address(long) == trainer_address(long)
+    short = trainer_path(long)
+    assert len(str(short)) < 96
+    assert trainer_path(long) == short
+    short.parent.rmdir()
+
+
+async def test_the_hub_leaves_no_socket_behind(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / ("x" * 90))
+    folder.path.mkdir()
+    room = trainer_path(folder).parent
+    async with bind_for_trainer(CONFIG, folder):
+        assert (room / "hub.ipc").is_socket()
+    assert not room.exists()
 
 
 async def test_a_restarted_hub_whose_port_was_taken_finds_another(tmp_path: Path) -> None:
