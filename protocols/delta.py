@@ -126,18 +126,26 @@ def write_delta(
     return WeightObject(name=path.name, kind=kind, version=version, base=base_version, size_bytes=size, digest=digest)
 
 
-def apply_delta(path: Path, base: Weights, *, base_version: int) -> Weights:
-    """The weights after the delta; unchanged tensors are those of `base`, which is left as it is.
+def apply_delta(path: Path, base: Weights, *, base_version: int, threads: int = 1) -> Weights:
+    """The weights after the delta, in memory of their own; `base` is left as it is. Raises as `patch_weights`."""
+    copy = {name: Tensor(tensor.dtype, tensor.data.copy()) for name, tensor in base.items()}
+    patch_weights(path, copy, base_version=base_version, threads=threads)
+    return copy
+
+
+def patch_weights(path: Path, weights: Weights, *, base_version: int, threads: int = 1) -> None:
+    """Turn `weights`, whose arrays must be writable, into the delta's version where they lie.
 
     Raises `BadDelta` if the file is damaged, was made for another version or other weights, or gives others than meant.
+    The weights may then be half changed: throw them away.
     """
     try:
-        return _apply(path.read_bytes(), base, base_version)
+        _patch(path.read_bytes(), weights, base_version)
     except BadDelta as error:
         raise BadDelta(f"delta {path} {error}; pull the keyframe instead") from error
 
 
-def _apply(raw: bytes, base: Weights, base_version: int) -> Weights:
+def _patch(raw: bytes, base: Weights, base_version: int) -> None:
     header, at = _read_header(raw)
     if header.base != base_version:
         raise BadDelta(f"turns version {header.base} into {header.version}, but version {base_version} is held")
@@ -146,16 +154,14 @@ def _apply(raw: bytes, base: Weights, base_version: int) -> Weights:
         raise BadDelta(f"was made for other weights of version {base_version}")
     if {(t.name, t.dtype, t.shape) for t in header.tensors} != _shapes(base):
         raise BadDelta("names other tensors than the weights it was made for")
-    result = dict(base)
     for entry, part in zip(header.tensors, _streams(header, memoryview(raw)[at:]), strict=True):
         if entry.changed:
-            result[entry.name] = _decode(entry, part, base[entry.name])
-            known[entry.name] = tensor_digest(result[entry.name])
+            _decode(entry, part, base[entry.name])
+            known[entry.name] = tensor_digest(base[entry.name])
         if known[entry.name] != entry.digest:
             raise BadDelta(f"gives another tensor {entry.name!r} than the learner's")
-    if combined_digest(result, known) != header.digest:
+    if combined_digest(base, known) != header.digest:
         raise BadDelta(f"gives other weights than the learner's version {header.version}")
-    return result
 
 
 def _shapes(weights: Weights) -> set[tuple[str, WeightDtype, tuple[int, ...]]]:
@@ -176,7 +182,7 @@ def _encode(base: Tensor, target: Tensor) -> _Streams:
     return _Streams(gaps, values, code[values == _WIDE16].astype(np.uint16), code[values == _WIDE32].astype(np.uint32))
 
 
-def _decode(entry: _TensorDelta, part: _Streams, base: Tensor) -> Tensor:
+def _decode(entry: _TensorDelta, part: _Streams, base: Tensor) -> None:
     old = _bits(base)
     width = 8 * old.itemsize
     more = part.gaps == _SKIP
@@ -189,9 +195,7 @@ def _decode(entry: _TensorDelta, part: _Streams, base: Tensor) -> Tensor:
     code[narrow] = part.wide16
     code[wide] = part.wide32
     new = _ordered(old[positions], width) + _unzigzag(code + 1)
-    data = base.data.copy()
-    _bits(Tensor(base.dtype, data))[positions] = _unordered(new & ((1 << width) - 1), width)
-    return Tensor(base.dtype, data)
+    old[positions] = _unordered(new & ((1 << width) - 1), width)
 
 
 def _bits(tensor: Tensor) -> Bits:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from protocols.delta import BadDelta, apply_delta, write_delta
+from protocols.delta import BadDelta, apply_delta, patch_weights, write_delta
 from protocols.messages import WeightObject
 from protocols.weights import (
     BadWeights,
@@ -203,6 +203,15 @@ def test_a_delta_for_other_weights_of_the_same_version_is_refused(tmp_path: Path
     write_delta(tmp_path / "d", BASE, TARGET, base_version=1, version=2)
     with pytest.raises(BadDelta, match="was made for other weights of version 1; pull the keyframe"):
         apply_delta(tmp_path / "d", TARGET, base_version=1)
+
+
+def test_weights_are_patched_where_they_lie(tmp_path: Path) -> None:
+    write_delta(tmp_path / "d", BASE, TARGET, base_version=1, version=2)
+    mine = {name: Tensor(tensor.dtype, tensor.data.copy()) for name, tensor in BASE.items()}
+    arrays = {name: tensor.data for name, tensor in mine.items()}
+    patch_weights(tmp_path / "d", mine, base_version=1)
+    assert same(mine, TARGET)
+    assert all(mine[name].data is array for name, array in arrays.items())
 
 
 def test_weights_with_other_tensors_have_no_delta(tmp_path: Path) -> None:
