@@ -1,4 +1,4 @@
-"""The engine that drives a SGLang server: token-exact requests over HTTP, weights swapped underneath, restarts
+"""The engine that drives SGLang servers: token-exact requests over HTTP, weights swapped underneath, restarts
 survived.
 
 What becomes of running requests at a swap is `actor.engine.swap`: `retract` (the default) recomputes their prompt with
@@ -10,64 +10,42 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
-import uuid
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Self
 
 import anyio
 import anyio.abc
-import anyio.to_thread
 
 from actors.engines.engine import EngineFailure, EngineHealth, Generation, LoadReport
-from actors.engines.sglang.answers import BadAnswer, parse_answer
-from actors.engines.sglang.client import Request, ServerGone, ServerRefused, SglangClient
-from actors.engines.sglang.handover import Handover, expected_checksums, first_difference
-from actors.engines.sglang.keeper import Keeper, Launch, ServerDied
+from actors.engines.sglang.client import ServerGone, ServerRefused, SglangClient
+from actors.engines.sglang.handover import DiskHandover, Handover, Parcel
+from actors.engines.sglang.keeper import Launch, ServerDied
 from actors.engines.sglang.launch import check_context, free_port, last_words, launched
 from actors.engines.sglang.model import ModelFacts, read_facts
-from actors.engines.sglang.progress import Progress, Reply
+from actors.engines.sglang.progress import Progress
+from actors.engines.sglang.server import SWAP_DEADLINE_S, Server
 from matpo.config import Sampling
 from matpo.config import SglangEngine as Settings
 from matpo.errors import UserError
-from protocols.records import StopReason, Tokens
-from protocols.weights import Weights, weights_digest
-
-SWAP_DEADLINE_S = 300.0
-"""For each request of a swap; loading a large model from disk takes minutes."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """Weights the server has, or is about to get."""
-
-    version: int
-    digest: str
-    folder: Path
-    checksums: Mapping[str, str] | None
-    """What the server must report; None: it is not asked."""
+from protocols.records import Tokens
+from protocols.weights import Weights
 
 
 class SglangEngine:
-    """Implements `actors.engines.engine.Engine` with one SGLang server."""
+    """Implements `actors.engines.engine.Engine`: checks requests, picks servers, hands all of them new weights."""
 
-    def __init__(self, facts: ModelFacts, settings: Settings, client: SglangClient, handover: Handover) -> None:
+    def __init__(self, facts: ModelFacts, settings: Settings, handover: Handover) -> None:
+        self.servers: Sequence[Server] = ()
         self._facts = facts
         self._settings = settings
-        self._client = client
         self._handover = handover
-        self._keeper: Keeper
+        self._newest: Parcel | None = None
         self._version, self._digest = -1, ""
-        self._held: _Held | None = None
         self._loaded = anyio.Event()
-        self._swap = anyio.Lock()
-        self._swaps = 0
-        self._cache_key = ""
-        """New after every swap, so that no keys and values of other weights are ever reused."""
-        self._running = self._waiting = self._sampled = 0
+        self._loading = anyio.Lock()
+        self._waiting = 0
 
     @classmethod
     @asynccontextmanager
@@ -79,19 +57,27 @@ class SglangEngine:
         """
         facts = read_facts(folder)
         check_context(folder, settings)
-        async with (
-            SglangClient.open(settings.url or "") as client,
-            Handover.open(settings.scratch, facts) as handover,
-        ):
-            engine = cls(facts, settings, client, handover)
-            output = log or Path(tempfile.gettempdir()) / f"matpo-sglang-{os.getpid()}.log"
+        output = log or Path(tempfile.gettempdir()) / f"matpo-sglang-{os.getpid()}.log"
+        async with AsyncExitStack() as stack:
+            handover = await stack.enter_async_context(DiskHandover.open(settings, facts))
+            engine = cls(facts, settings, handover)
+            client = await stack.enter_async_context(SglangClient.open(settings.url or ""))
             launch = None if settings.url else _launcher(client, folder, settings, seed=seed, log=output)
-            engine._keeper = Keeper(client, launch, restore=engine._restore, start_timeout_s=settings.start_timeout_s)
+            server = Server(
+                "0",
+                client,
+                facts=facts,
+                settings=settings,
+                handover=handover,
+                launch=launch,
+                newest=lambda: engine._newest,
+            )
+            engine.servers = (server,)
             unusable: UserError | None = None
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(engine._keeper.run, name="sglang server")
+                tasks.start_soon(server.keeper.run, name="sglang server")
                 try:
-                    await engine._keeper.wait_started()
+                    await server.keeper.wait_started()
                 except ServerDied as error:
                     unusable = _unusable(settings, output, reason=str(error))
                 else:
@@ -121,51 +107,57 @@ class SglangEngine:
         try:
             with anyio.move_on_after(deadline_s):
                 while True:
-                    await self._loaded.wait()
-                    await self._keeper.wait_ready()
-                    stop = await self._attempt(progress, sampling)
+                    server = await self._server()
+                    stop = await server.attempt(progress, sampling)
                     if stop is not None:
                         return progress.generation(stop)
         finally:
             self._waiting -= 1
         raise EngineFailure(
-            f"no answer of the sglang engine within {deadline_s:g} s (server {self._keeper.state}:"
-            f" {self._keeper.detail}; {self._running} running, {self._waiting} waiting); lower actor.concurrency or"
-            " raise actor.generate_timeout_s"
+            f"no answer of the sglang engine within {deadline_s:g} s ({self._state()}; {self._running()} running,"
+            f" {self._waiting} waiting); lower actor.concurrency or raise actor.generate_timeout_s"
         )
 
     async def load(self, weights: Weights, *, version: int, file: Path | None = None) -> LoadReport:
-        """Hand the weights over as a file, pause, load, compare checksums, resume.
+        """Hand the weights over, pause, load, compare checksums, resume; to all servers at the same time.
 
         Raises `ValueError` when the tensors do not fit the model; the old weights then stay. Raises `EngineFailure`
-        when the server does not take them.
+        when no server takes them.
         """
         self._facts.check(weights)
-        async with self._swap:
-            held = await anyio.to_thread.run_sync(self._prepare, weights, version)
-            with anyio.move_on_after(SWAP_DEADLINE_S) as waiting:
-                await self._keeper.wait_ready()
-            if waiting.cancelled_caught:
-                raise EngineFailure(f"the sglang server was not ready for weights: {self._keeper.detail}")
+        async with self._loading:
             try:
-                pause_s = await self._push(held)
-            except (ServerGone, ServerRefused) as error:
-                self._keeper.condemn(str(error))
-                raise EngineFailure(f"the sglang server did not take version {version}: {error}") from error
-            self._handover.keep_only(held.folder, self._held.folder if self._held else None)
-            self._use(held)
-        return LoadReport(version=version, digest=held.digest, pause_s=pause_s)
+                parcel = await self._handover.prepare(weights, version=version, file=file)
+            except OSError as error:
+                raise EngineFailure(f"version {version} could not be handed over: {error}") from error
+            before, self._newest = self._newest, parcel
+            pause_s = await self._deliver(parcel)
+            self._handover.keep_only(*(p for p in (parcel, before) if p is not None))
+            self._version, self._digest = version, parcel.digest
+            self._loaded.set()
+        return LoadReport(version=version, digest=parcel.digest, pause_s=pause_s)
 
     async def health(self) -> EngineHealth:
-        """Requests under way as this engine counts them, and the server's state as last seen."""
-        state = self._keeper.state if self._version >= 0 or self._keeper.state == "failed" else "starting"
+        """Requests under way as this engine counts them, and the servers' state as last seen."""
+        states = [server.keeper.state for server in self.servers]
+        state = "ready" if any(server.usable for server in self.servers) else states[0]
         return EngineHealth(
-            state=state,
-            detail=f"sglang at {self._client.url}, version {self._version}: {self._keeper.detail}",
-            running=self._running,
-            waiting=self._waiting - self._running,
-            sampled_tokens=self._sampled,
+            state="starting" if state == "ready" and self._version < 0 else state,
+            detail=self._state(),
+            running=self._running(),
+            waiting=self._waiting - self._running(),
+            sampled_tokens=sum(server.sampled for server in self.servers),
         )
+
+    def _state(self) -> str:
+        return "; ".join(
+            f"server {s.name} at {s.client.url}, version {-1 if s.holds is None else s.holds.version}:"
+            f" {s.keeper.state}, {s.keeper.detail}"
+            for s in self.servers
+        )
+
+    def _running(self) -> int:
+        return sum(server.running for server in self.servers)
 
     def _check(self, tokens: Tokens) -> None:
         if not len(tokens):
@@ -179,105 +171,37 @@ class SglangEngine:
                 " nothing could be sampled; raise actor.engine.max_context_tokens or lower the roles' limits"
             )
 
-    async def _attempt(self, progress: Progress, sampling: Sampling) -> StopReason | None:
-        """One request. Returns why sampling is over, or None when another request must go on."""
-        room = self._settings.max_context_tokens - len(progress.whole)
-        left = sampling.max_tokens - progress.count
-        request = Request(
-            rid=uuid.uuid4().hex,
-            tokens=progress.whole,
-            sampling=sampling,
-            max_tokens=min(room, left),
-            ends=self._facts.ends,
-            cache_key=self._cache_key,
-            stream_tokens=self._settings.stream_tokens,
-        )
-        swaps, reply, answered = self._swaps, Reply(sent_with=self._version), False
-        self._running += 1
-        try:
-            await self._receive(request, reply)
-            reply.finish(progress)
-            answered = True
-        except ServerGone as error:
-            answered = True
-            reply.salvage(progress)
-            self._keeper.suspect(str(error))
-            return _stop_of(progress, sampling, self._settings, self._facts)
-        except (ServerRefused, BadAnswer) as error:
-            raise EngineFailure(f"sglang: {error}") from error
-        finally:
-            self._running -= 1
-            if not answered:
-                await self._client.abort(request.rid)
-        match reply.last.finish:
-            case "stop":
-                return "stop"
-            case "length":
-                return "length" if left <= room else "context"
-        if swaps == self._swaps and not self._swap.locked():
-            raise EngineFailure(f"sglang aborted the request: {reply.last.detail}")
-        return _stop_of(progress, sampling, self._settings, self._facts)
+    async def _server(self) -> Server:
+        """One that may be used; waits for it."""
+        await self._loaded.wait()
+        server = self.servers[0]
+        await server.keeper.wait_ready()
+        return server
 
-    async def _receive(self, request: Request, reply: Reply) -> None:
-        async with aclosing(self._client.generate(request)) as contents:
-            async for content in contents:
-                before = reply.count
-                reply.take(parse_answer(content, filtered=request.filtered))
-                self._sampled += reply.count - before
-        if reply.last.finish is None:
-            raise ServerGone("the reply ended before the answer did")
+    async def _deliver(self, parcel: Parcel) -> float:
+        """Give the weights to every server that is up; the others get them from their keepers before they are used.
 
-    def _prepare(self, weights: Weights, version: int) -> _Held:
-        folder = self._handover.write(weights, version=version)
-        sums = (
-            expected_checksums(weights, dtype=self._settings.dtype, tied=self._facts.tied)
-            if self._settings.attested
-            else None
-        )
-        return _Held(version, weights_digest(weights), folder, sums)
+        Returns the longest pause in seconds. Raises `EngineFailure` when none took them.
+        """
+        with anyio.move_on_after(SWAP_DEADLINE_S) as waiting:
+            await self.servers[0].keeper.wait_ready()
+        if waiting.cancelled_caught:
+            raise EngineFailure(f"no sglang server was ready for weights: {self._state()}")
+        pauses: list[float] = []
+        refusals: list[str] = []
 
-    async def _push(self, held: _Held) -> float:
-        """Swap the server's weights. Returns how long nothing was sampled, in seconds."""
-        client, began = self._client, time.monotonic()
-        self._keeper.busy = True
-        try:
-            await client.pause(self._settings.swap, deadline_s=SWAP_DEADLINE_S)
-            await client.update_from_disk(
-                str(held.folder),
-                version=held.version,
-                flush=self._settings.swap != "in_place",
-                deadline_s=SWAP_DEADLINE_S,
-            )
-            if held.checksums is not None:
-                for reported in await client.checksums(deadline_s=SWAP_DEADLINE_S):
-                    name = first_difference(held.checksums, reported, tied=self._facts.tied)
-                    if name is not None:
-                        raise ServerRefused(f"after loading, the server's {name} is not that of version {held.version}")
-            self._swaps += 1
-            self._cache_key = uuid.uuid4().hex
-        finally:
-            self._keeper.busy = False
-            with anyio.CancelScope(shield=True):
-                await client.resume(deadline_s=SWAP_DEADLINE_S)
-        return time.monotonic() - began
+        async def give(server: Server) -> None:
+            try:
+                pauses.append(await server.take(parcel))
+            except (ServerGone, ServerRefused) as error:
+                refusals.append(str(error))
 
-    async def _restore(self) -> None:
-        """Give a server that was restarted the weights the old one had."""
-        if self._held is not None:
-            await self._push(self._held)
-
-    def _use(self, held: _Held) -> None:
-        self._version, self._digest, self._held = held.version, held.digest, held
-        self._loaded.set()
-
-
-def _stop_of(progress: Progress, sampling: Sampling, settings: Settings, facts: ModelFacts) -> StopReason | None:
-    """Whether what was saved of a broken request is the whole answer already."""
-    if progress.count and int(progress.whole[-1]) in facts.ends:
-        return "stop"
-    if progress.count >= sampling.max_tokens:
-        return "length"
-    return "context" if len(progress.whole) >= settings.max_context_tokens else None
+        async with anyio.create_task_group() as tasks:
+            for server in self.servers:
+                tasks.start_soon(give, server)
+        if not pauses:
+            raise EngineFailure(f"no sglang server took version {parcel.version}: {'; '.join(refusals)}")
+        return max(pauses)
 
 
 def _unusable(settings: Settings, output: Path, *, reason: str) -> UserError:

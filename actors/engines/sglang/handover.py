@@ -1,4 +1,5 @@
-"""Weights on their way into a server: a Hugging Face folder per version, and the checksums the server must report."""
+"""Weights on their way into servers: prepared once per version, delivered to each server, and checked by the checksums
+a server must report afterwards."""
 
 from __future__ import annotations
 
@@ -9,13 +10,18 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
+import anyio
+import anyio.to_thread
 import numpy as np
 
+from actors.engines.sglang.client import SglangClient
 from actors.engines.sglang.model import EMBEDDING, HEAD, ModelFacts
-from protocols.weights import Tensor, WeightDtype, Weights, raw_bytes, write_keyframe
+from matpo.config import SglangEngine as Settings
+from protocols.weights import Tensor, WeightDtype, Weights, raw_bytes, weights_digest, write_keyframe
 
 MEMORY: Final = Path("/dev/shm")
 VOCABULARY_MULTIPLE: Final = 64
@@ -23,39 +29,90 @@ VOCABULARY_MULTIPLE: Final = 64
 FUSED: Final = re.compile(r"(.*\.)(?:([qkv])_proj|(gate|up)_proj)\.(weight|bias)")
 
 
-class Handover:
-    """Writes sets of weights for a server on the same machine (or file system)."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Parcel:
+    """One version's weights, ready to be delivered to any number of servers, at any time until they are dropped."""
 
-    def __init__(self, folder: Path, facts: ModelFacts) -> None:
+    version: int
+    digest: str
+    checksums: Mapping[str, str] | None
+    """What a server must report after loading; None: it is not asked."""
+    folder: Path
+    """A Hugging Face model folder with these weights."""
+
+
+class Handover(Protocol):
+    """A way to bring weights into servers."""
+
+    async def prepare(self, weights: Weights, *, version: int, file: Path | None) -> Parcel:
+        """Once per version, while the servers go on sampling. `file` as in `Engine.load`."""
+        ...
+
+    async def deliver(self, parcel: Parcel, client: SglangClient, *, flush: bool, deadline_s: float) -> None:
+        """Load the weights into one paused server; `flush`: it forgets all keys and values. May be asked for several
+        servers at once, and again for one that was restarted. Raises `ServerGone` or `ServerRefused`."""
+        ...
+
+    def keep_only(self, *parcels: Parcel) -> None:
+        """Forget all others."""
+        ...
+
+
+class DiskHandover:
+    """Model folders that a server on the same machine (or file system) loads from."""
+
+    def __init__(self, folder: Path, settings: Settings, facts: ModelFacts) -> None:
         self.folder = folder
+        self._settings = settings
         self._facts = facts
         self._count = 0
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, scratch: Path | None, facts: ModelFacts) -> AsyncIterator[Self]:
-        """In `scratch`, or in memory where the system offers a folder there. Removed at the end."""
-        parent = scratch or (MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else None)
+    async def open(cls, settings: Settings, facts: ModelFacts) -> AsyncIterator[Self]:
+        """In `settings.scratch`, or in memory where the system offers a folder there. Removed at the end."""
+        parent = settings.scratch or (MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else None)
         with tempfile.TemporaryDirectory(prefix="matpo-weights-", dir=parent, ignore_cleanup_errors=True) as folder:
-            yield cls(Path(folder), facts)
+            yield cls(Path(folder), settings, facts)
 
-    def write(self, weights: Weights, *, version: int) -> Path:
-        """A new folder with the model's own files and these weights. The one before stays: the server falls back to
-        it when loading fails."""
+    async def prepare(self, weights: Weights, *, version: int, file: Path | None) -> Parcel:
+        """A new folder with the model's own files and these weights."""
+        return await anyio.to_thread.run_sync(self._prepare, weights, version, file)
+
+    async def deliver(self, parcel: Parcel, client: SglangClient, *, flush: bool, deadline_s: float) -> None:
+        """Tell the server to load the folder."""
+        await client.update_from_disk(str(parcel.folder), version=parcel.version, flush=flush, deadline_s=deadline_s)
+
+    def keep_only(self, *parcels: Parcel) -> None:
+        """Remove all other folders. The one before the newest must stay: a server falls back to it when loading
+        fails."""
+        kept = {parcel.folder for parcel in parcels}
+        for other in self.folder.iterdir():
+            if other.is_dir() and other not in kept:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def _prepare(self, weights: Weights, version: int, file: Path | None) -> Parcel:
         self._count += 1
         target = self.folder / f"{self._count}-version-{version}"
         target.mkdir()
-        for file in self._facts.folder.resolve().iterdir():
-            if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
-                (target / file.name).symlink_to(file)
-        write_keyframe(target / "model.safetensors", weights, version=version)
-        return target
+        for own in self._facts.folder.resolve().iterdir():
+            if own.is_file() and not own.name.endswith((".safetensors", ".safetensors.index.json")):
+                (target / own.name).symlink_to(own)
+        if file is None or not _linked(file, target / "model.safetensors"):
+            write_keyframe(target / "model.safetensors", weights, version=version)
+        sums = None
+        if self._settings.attested:
+            sums = expected_checksums(weights, dtype=self._settings.dtype, tied=self._facts.tied)
+        return Parcel(version, weights_digest(weights), sums, target)
 
-    def keep_only(self, *folders: Path | None) -> None:
-        """Forget all other folders."""
-        for other in self.folder.iterdir():
-            if other.is_dir() and other not in folders:
-                shutil.rmtree(other, ignore_errors=True)
+
+def _linked(file: Path, target: Path) -> bool:
+    """Whether `target` could be made another name of `file`: only on one file system, and not on all of them."""
+    try:
+        target.hardlink_to(file)
+    except OSError:
+        return False
+    return True
 
 
 def expected_checksums(weights: Weights, *, dtype: WeightDtype, tied: bool) -> Mapping[str, str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Literal
+from typing import Literal, Protocol
 
 import anyio
 import anyio.abc
@@ -16,6 +16,14 @@ from actors.engines.sglang.client import ServerGone, ServerRefused, SglangClient
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 Launch = Callable[[int], AbstractAsyncContextManager[anyio.abc.Process]]
+
+
+class Restore(Protocol):
+    """Gives a server the newest weights, unless it has them; a `fresh` one was just started and has none of ours."""
+
+    async def __call__(self, *, fresh: bool) -> None: ...
+
+
 PULSE_S = 5.0
 PULSE_DEADLINE_S = 30.0
 """The server itself gives its scheduler 20 s to answer a health request."""
@@ -37,10 +45,10 @@ class Keeper:
         client: SglangClient,
         launch: Launch | None,
         *,
-        restore: Callable[[], Awaitable[None]],
+        restore: Restore,
         start_timeout_s: float,
     ) -> None:
-        """`launch(attempt)` starts the server; None: it is somebody else's. `restore` gives a new one its weights."""
+        """`launch(attempt)` starts the server; None: it is somebody else's."""
         self.state: Literal["ready", "starting", "failed"] = "starting"
         self.detail = "starting"
         self.starts = 0
@@ -85,7 +93,7 @@ class Keeper:
             try:
                 async with self._server() as process:
                     await self._wait_healthy(process)
-                    await self._restore()
+                    await self._restore(fresh=True)
                     self._become("ready", "ready")
                     await self._watch(process)
             except (ServerDied, ServerGone, ServerRefused) as error:
@@ -147,6 +155,7 @@ class Keeper:
     async def _pulse(self) -> bool:
         self._suspected = anyio.Event()
         alive = await self._client.healthy(deadline_s=PULSE_DEADLINE_S)
-        if alive and self.state == "starting":
+        if alive and self.state == "starting" and self._condemned is None:
+            await self._restore(fresh=False)
             self._become("ready", "ready")
         return alive or self.busy

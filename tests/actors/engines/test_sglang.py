@@ -22,7 +22,7 @@ from actors.engines.sglang.model import read_facts
 from matpo.config import Sampling
 from matpo.config import SglangEngine as Settings
 from matpo.errors import UserError
-from protocols.weights import Tensor, weights_digest
+from protocols.weights import Tensor, weights_digest, write_keyframe
 from tests.actors.engines.models import make_model, weights_of
 from tests.actors.engines.stub import Stub, answer
 
@@ -115,6 +115,22 @@ async def test_weights_the_server_did_not_really_load_are_not_vouched_for(
             report = await engine.load(weights_of(model), version=4)
     assert report.digest == weights_digest(weights_of(model))
     assert stub.requests[-1][0] == "/continue_generation"
+
+
+async def test_weights_that_lie_in_a_file_nearby_are_handed_over_without_being_written(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    stub, weights = Stub(checksums=sums_of(model)), weights_of(model)
+    file = tmp_path / "shadow" / "weights.safetensors"
+    file.parent.mkdir()
+    write_keyframe(file, weights, version=4)
+    with anyio.fail_after(30):
+        async with stub.serve():
+            settings = settings_for(stub, scratch=tmp_path)
+            async with SglangEngine.open(tmp_path, settings, seed=0) as engine:
+                await engine.load(weights, version=4, file=file)
+                (update,) = stub.asked("/update_weights_from_disk")
+                assert (Path(str(update["model_path"])) / "model.safetensors").samefile(file)
 
 
 async def test_a_server_that_cannot_be_started_says_why(model: PreTrainedModel, tmp_path: Path) -> None:
