@@ -16,6 +16,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.toml"
+QUICKSTART_SGLANG = ROOT / "configs" / "quickstart_sglang_cpu.toml"
 SHORT = [
     "run.steps=6",
     "learner.groups_per_step=4",
@@ -112,6 +113,6 @@ def summary(run: Path) -> dict[str, object]:
     return content
 
 
-def short_run(parent: Path, *more: str) -> Sequence[str]:
+def short_run(parent: Path, *more: str, config: Path = QUICKSTART) -> Sequence[str]:
     """Arguments of a short quick-start run below `parent`."""
-    return ["run", str(QUICKSTART), *SHORT, f"run.dir={parent}", *more]
+    return ["run", str(config), *SHORT, f"run.dir={parent}", *more]
