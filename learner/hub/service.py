@@ -96,6 +96,8 @@ class Service:
             self._hub.weights.delete_old()
             for record in finished:
                 self._metrics.append("evaluation", record)
+            while self._hub.swaps:
+                self._metrics.append("weights", self._hub.swaps.pop(0))
             if complete or interrupted or now_s >= self._next_status_s:
                 self._report(now_s)
             if complete or interrupted:

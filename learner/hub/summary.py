@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 from typing import Final
 
 import orjson
@@ -14,6 +15,7 @@ from learner.hub.batches import split_frames
 from learner.hub.evaluation import EvaluationRecord, mean, read_round
 from learner.hub.journal import Journal, integer, real, text
 from learner.hub.ledger import Ledger, checks, read_ledger
+from learner.hub.weights import Swap
 from matpo.config import Config
 from matpo.folder import RunFolder
 from matpo.metrics import read_metrics
@@ -40,6 +42,17 @@ class Sampled(Record):
     reward: float | None
     accuracy: float | None
     format: float | None
+
+
+class Swaps(Record):
+    """Engines taking new weights, over all actors."""
+
+    count: int
+    pause_median_s: float
+    """How long an engine's generation stood still."""
+    pause_max_s: float
+    behind_median_s: float
+    """From publication to use."""
 
 
 class Summary(Record):
@@ -71,6 +84,7 @@ class Summary(Record):
     staleness_mean: float | None
     """Optimizer steps between a tree's oldest token and the weights it was trained on."""
     staleness_max: int | None
+    swaps: Swaps | None
     lineages: int
     ledger: Ledger
     ledger_adds_up: bool
@@ -153,6 +167,7 @@ def summarise(journal: Journal, folder: RunFolder, *, complete: bool) -> Summary
         sampled_tokens_per_s=round(sampled / duration_s, 3),
         staleness_mean=None if age[0] is None else round(real(age[0]), 6),
         staleness_max=None if age[1] is None else integer(age[1]),
+        swaps=read_swaps(folder.metrics),
         lineages=journal.number("SELECT COUNT(*) FROM lineages"),
         ledger=read_ledger(journal),
         ledger_adds_up=all(check.holds for check in checks(journal)),
@@ -212,6 +227,21 @@ def trainer_seconds(metrics: Path) -> dict[str, float]:
                 if name.endswith("_s") and isinstance(value, int | float):
                     total[name] = total.get(name, 0.0) + value
     return {name: round(value, 3) for name, value in total.items()}
+
+
+def read_swaps(metrics: Path) -> Swaps | None:
+    """The lines of stage `weights` together; None if there are none."""
+    written = (line for _, line in read_metrics(metrics) if line["stage"] == "weights")
+    lines = [Swap.model_validate({name: line[name] for name in Swap.model_fields}) for line in written]
+    if not lines:
+        return None
+    pauses = [line.pause_s for line in lines]
+    return Swaps(
+        count=len(lines),
+        pause_median_s=round(median(pauses), 6),
+        pause_max_s=round(max(pauses), 6),
+        behind_median_s=round(median(line.behind_s for line in lines), 6),
+    )
 
 
 def change(before: EvaluationRecord | None, after: EvaluationRecord | None, field: str) -> Change:

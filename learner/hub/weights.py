@@ -9,8 +9,9 @@ from typing import Final
 
 from pydantic import TypeAdapter
 
-from learner.hub.journal import Journal, integer, text
-from protocols.messages import Chunk, ChunkRequest, Publish, Refuse, WeightObject, WeightsReady
+from learner.hub.journal import Journal, integer, real, text
+from protocols.messages import Chunk, ChunkRequest, Publish, Refuse, WeightObject, WeightsLoaded, WeightsReady
+from protocols.records import Record
 
 KEYFRAMES_KEPT: Final = 3
 """The newest for joiners, the others for whoever is in the middle of a download or a few steps behind."""
@@ -28,6 +29,17 @@ class Published:
     objects: tuple[WeightObject, ...]
 
 
+class Swap(Record):
+    """A line of stage `weights`: an actor's engine took new weights."""
+
+    actor_id: str
+    version: int
+    pause_s: float
+    """How long its generation stood still."""
+    behind_s: float
+    """From the publication to here."""
+
+
 class WeightStore:
     """What has been published, from the journal, and the files behind it."""
 
@@ -38,10 +50,12 @@ class WeightStore:
         self._maps: dict[str, mmap.mmap] = {}
         self.latest: Published | None = None
         self._digests: set[tuple[int, str]] = set()
+        self._published_at: dict[int, float] = {}
+        """Version → Unix time."""
         self._available: tuple[WeightObject, ...] = ()
         self._unneeded: list[str] = []
-        for row in journal.rows("SELECT version, digest, objects FROM publications ORDER BY seq"):
-            self._add(Published(integer(row[0]), text(row[1]), _OBJECTS.validate_json(text(row[2]))))
+        for row in journal.rows("SELECT version, digest, objects, published_at FROM publications ORDER BY seq"):
+            self._add(Published(integer(row[0]), text(row[1]), _OBJECTS.validate_json(text(row[2]))), at=real(row[3]))
         self._forget_missing()
 
     def publish(self, message: Publish, *, at: float) -> Refuse | None:
@@ -66,12 +80,19 @@ class WeightStore:
             "INSERT INTO publications (version, digest, objects, published_at) VALUES (?, ?, ?, ?)",
             (message.version, message.digest, objects, at),
         )
-        self._add(Published(message.version, message.digest, message.objects))
+        self._add(Published(message.version, message.digest, message.objects), at=at)
         return None
 
     def knows(self, version: int, digest: str) -> bool:
         """Whether these weights were ever published."""
         return (version, digest) in self._digests
+
+    def swap(self, message: WeightsLoaded, *, actor_id: str, at: float) -> Swap | None:
+        """What an actor's swap amounted to; None for weights that were never published."""
+        if not self.knows(message.version, message.digest):
+            return None
+        behind_s = max(0.0, at - self._published_at[message.version])
+        return Swap(actor_id=actor_id, version=message.version, pause_s=message.pause_s, behind_s=round(behind_s, 4))
 
     def announcement(self) -> WeightsReady | None:
         """What to tell actors; None before the first publication."""
@@ -111,8 +132,9 @@ class WeightStore:
         self._unneeded.clear()
         return gone
 
-    def _add(self, published: Published) -> None:
+    def _add(self, published: Published, *, at: float) -> None:
         self.latest = published
+        self._published_at[published.version] = at
         self._digests.add((published.version, published.digest))
         known = {entry.name: entry for entry in (*self._available, *published.objects)}
         objects = list(known.values())

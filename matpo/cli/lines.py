@@ -74,6 +74,14 @@ class Sampled(Line):
     accuracy: float | None
 
 
+class Swaps(Line):
+    """Engines taking new weights."""
+
+    count: int
+    pause_median_s: float
+    pause_max_s: float
+
+
 class SummaryFile(Line):
     """RUN/summary.json."""
 
@@ -92,6 +100,7 @@ class SummaryFile(Line):
     sampled_tokens_per_s: float
     staleness_mean: float | None
     staleness_max: int | None
+    swaps: Swaps | None = None
     ledger: LedgerLine
     ledger_adds_up: bool
 

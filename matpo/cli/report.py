@@ -52,10 +52,19 @@ def figures(summary: SummaryFile, *, seconds: float) -> Table:
     sums = (
         f"{ledger.trained} trained, {ledger.filtered} filtered, {ledger.pending} pending, {ledger.evaluation} held out"
     )
+    swaps = summary.swaps
+    paused = (
+        "–"
+        if swaps is None
+        else (
+            f"{swaps.count}, pause {1000 * swaps.pause_median_s:.0f} ms median, {1000 * swaps.pause_max_s:.0f} ms max"
+        )
+    )
     for name, value in (
         ("episodes", f"{summary.episodes} ({summary.episodes_per_s:.1f}/s)"),
         ("sampled tokens", f"{summary.sampled_tokens_per_s:.0f}/s"),
         ("staleness, steps", age),
+        ("weight swaps", paused),
         ("groups all wrong / all right", f"{share(summary.all_fail_fraction)} / {share(summary.all_pass_fraction)}"),
         ("ledger", sums if summary.ledger_adds_up else f"DOES NOT ADD UP: {sums}"),
     ):

@@ -51,5 +51,8 @@ def test_every_token_has_the_log_probability_of_the_weights_it_names(audited: Au
 
 
 def test_every_swap_tells_how_long_it_paused(run: Path) -> None:
-    stages = {line["stage"] for _, line in read_metrics(run / "metrics.jsonl")}
-    assert "hub" in stages
+    lines = [line for _, line in read_metrics(run / "metrics.jsonl") if line["stage"] == "weights"]
+    versions = [int(str(line["version"])) for line in lines]
+    assert versions == sorted(set(versions))
+    assert {0, STEPS} <= set(versions)
+    assert all(0 < float(str(line["pause_s"])) < float(str(line["behind_s"])) for line in lines)

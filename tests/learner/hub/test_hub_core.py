@@ -106,6 +106,15 @@ def test_weights_loaded_with_a_wrong_digest_are_refused(tmp_path: Path) -> None:
         assert reason(at.send("actors", "actor-0", message)) == "unknown_weights"
 
 
+def test_a_swap_is_recorded_with_its_pause_and_how_far_behind_the_publication_it_came(tmp_path: Path) -> None:
+    with bench(tmp_path) as at:
+        at.start()
+        at.now_s += 1.5
+        at.send("actors", "actor-0", WeightsLoaded(version=0, digest=digest_of(0), pause_s=0.25))
+        (swap,) = at.hub.swaps
+        assert (swap.actor_id, swap.version, swap.pause_s, swap.behind_s) == ("actor-0", 0, 0.25, 1.5)
+
+
 def test_weights_are_served_in_pieces(tmp_path: Path) -> None:
     with bench(tmp_path) as at:
         at.trainer_hello()
