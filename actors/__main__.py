@@ -79,9 +79,7 @@ async def run_actor(place: Place) -> None:
             store=outbox,
             concurrency=config.actor.concurrency,
         )
-        follower = Follower(
-            folder / "weights", engine=engine, uplink=client, loaded=(stage.note_weights, player.notice)
-        )
+        follower = Follower(folder / "weights", engine=engine, uplink=client, loaded=(player.notice,))
         session = Session(client, hello, welcome, outbox=outbox, player=player, follower=follower)
         log.info("ready", hub=place.hub, run=welcome.run, outbox_trees=len(outbox))
         tasks = await enter(anyio.create_task_group())

@@ -129,13 +129,10 @@ class Agent:
         """Ask the engine, and once more from the same tokens if it fails."""
         stage, prompt, group = self._stage, self.run.talk.tokens, self._scene.group_id
         deadline_s = stage.config.actor.generate_timeout_s
-        stage.note_weights()
         try:
-            generation = await stage.engine.generate(prompt, sampling, deadline_s=deadline_s, group=group)
+            return await stage.engine.generate(prompt, sampling, deadline_s=deadline_s, group=group)
         except EngineFailure:
-            generation = await stage.engine.generate(prompt, sampling, deadline_s=deadline_s, group=group)
-        stage.note_weights()
-        return generation
+            return await stage.engine.generate(prompt, sampling, deadline_s=deadline_s, group=group)
 
     async def _perform(self, blocks: Sequence[Block]) -> list[_Entry]:
         """Run the calls of one message side by side; the results come back in the order of the calls."""

@@ -98,7 +98,6 @@ async def play_all(
                 await engine.load(read_model_weights(model), version=0)
             except ValueError as error:
                 raise UserError(f"model {str(model)!r}: {error}") from error
-            stage.note_weights()
             async with anyio.create_task_group() as episodes:
                 for episode in range(repeats):
                     for task in tasks:

@@ -62,8 +62,6 @@ class Stage:
         self.renderer = renderer
         self.actor_id = actor_id
         self.calls: CallFormat = FORMATS[config.episode.call_format]
-        self.digests: dict[int, str] = {}
-        """Weight version → digest, for every version the engine was seen to hold."""
         self._parts: dict[tuple[str, frozenset[str], Purpose], Part] = {}
         if config.episode.workflow == "single_agent" and (peers := config.episode.roles[config.episode.root].delegates):
             raise UserError(f"episode.workflow single_agent has nobody to delegate to; empty delegates = {list(peers)}")
@@ -75,18 +73,10 @@ class Stage:
         """Load the tokenizer and check roles, templates and tools; `UserError` names what does not fit."""
         return cls(config, engine=engine, tools=tools, renderer=Renderer.load(config.model), actor_id=actor_id)
 
-    def note_weights(self) -> None:
-        """Remember the version and digest the engine holds now; call it after every `engine.load`."""
-        if self.engine.version >= 0:
-            self.digests[self.engine.version] = self.engine.digest
-
     def stamps(self, versions: Sequence[int]) -> tuple[WeightStamp, ...]:
         """The digests of the weights that sampled an episode's tokens."""
-        self.note_weights()
-        unknown = sorted(set(versions) - set(self.digests))
-        if unknown:
-            raise LookupError(f"tokens of weights {unknown} were sampled, but note_weights was not called for them")
-        return tuple(WeightStamp(version=v, digest=self.digests[v]) for v in versions)
+        digests = self.engine.digests
+        return tuple(WeightStamp(version=version, digest=digests[version]) for version in versions)
 
     def part(self, name: str, *, hidden: frozenset[str], purpose: Purpose) -> Part:
         """The role `name` for tasks that fix the arguments named in `hidden`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -66,8 +67,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def digest(self) -> str:
-        """Digest of the weights in use, as `protocols.weights.weights_digest` computes it."""
+    def digests(self) -> Mapping[int, str]:
+        """Version → digest, as `protocols.weights.weights_digest` computes it, of all weights that ever sampled."""
         ...
 
     async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:

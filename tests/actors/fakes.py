@@ -105,6 +105,8 @@ class ScriptedEngine:
         self._tokenizer = tokenizer
         self._script = script
         self._version = version_of(lineage=0, step=3)
+        self.digests: dict[int, str] = {}
+        self._use(self._version)
         self.prompts: list[Tokens] = []
         self.samplings: list[Sampling] = []
 
@@ -112,9 +114,8 @@ class ScriptedEngine:
     def version(self) -> int:
         return self._version
 
-    @property
-    def digest(self) -> str:
-        return f"digest-{self._version}"
+    def _use(self, version: int) -> None:
+        self._version, self.digests[version] = version, f"digest-{version}"
 
     async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:
         self.prompts.append(tokens)
@@ -128,13 +129,13 @@ class ScriptedEngine:
             ids, stop = ids[: sampling.max_tokens], "length"
         versions = np.full(len(ids), self._version, dtype=np.int32)
         if said.new_version is not None:
-            self._version = said.new_version
+            self._use(said.new_version)
             versions[len(ids) // 2 :] = said.new_version
         return Generation(np.array(ids, dtype=np.int32), np.full(len(ids), -0.5, dtype=np.float32), versions, stop)
 
     async def load(self, weights: Weights, *, version: int, file: Path | None = None) -> LoadReport:
-        self._version = version
-        return LoadReport(version, self.digest, 0.0)
+        self._use(version)
+        return LoadReport(version, self.digests[version], 0.0)
 
     async def health(self) -> EngineHealth:
         return EngineHealth("ready", "scripted", 0, 0, 0)

@@ -60,7 +60,7 @@ class HoldingEngine:
 
     def __init__(self) -> None:
         self.version = -1
-        self.digest = ""
+        self.digests: dict[int, str] = {}
         self.loaded: list[int] = []
         self.refuses = False
 
@@ -70,9 +70,9 @@ class HoldingEngine:
     async def load(self, weights: Weights, *, version: int, file: Path | None = None) -> LoadReport:
         if self.refuses:
             raise ValueError("weights do not fit the model: missing ['v']")
-        self.version, self.digest = version, weights_digest(weights)
+        self.version, self.digests[version] = version, weights_digest(weights)
         self.loaded.append(version)
-        return LoadReport(version=version, digest=self.digest, pause_s=0.25)
+        return LoadReport(version=version, digest=self.digests[version], pause_s=0.25)
 
     async def health(self) -> EngineHealth:
         raise NotImplementedError

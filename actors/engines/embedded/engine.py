@@ -45,7 +45,7 @@ class EmbeddedEngine:
         self._settings = settings
         self._worker = worker
         self._version = -1
-        self._digest = ""
+        self._digests: dict[int, str] = {}
 
     @classmethod
     @asynccontextmanager
@@ -75,9 +75,9 @@ class EmbeddedEngine:
         return self._version
 
     @property
-    def digest(self) -> str:
-        """Digest of the weights in use, read back from the device."""
-        return self._digest
+    def digests(self) -> Mapping[int, str]:
+        """Digests of all weights so far, read back from the device."""
+        return self._digests
 
     async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:
         """Sample a continuation; see `Engine.generate`. Also raises `ValueError` for a prompt that fills the context.
@@ -110,6 +110,7 @@ class EmbeddedEngine:
         parameters = await anyio.to_thread.run_sync(
             lambda: load_parameters(self._architecture, weights, device=device, dtype=dtype)
         )
+        self._digests[version] = parameters.digest
         answered = anyio.Event()
         swap = Swap(parameters, version, answered.set)
         self._worker.mail.put(swap)
@@ -117,7 +118,7 @@ class EmbeddedEngine:
             await answered.wait()
         if waiting.cancelled_caught:
             raise EngineFailure(f"the embedded engine took no weights within {SWAP_DEADLINE_S:g} s")
-        self._version, self._digest = version, parameters.digest
+        self._version = version
         return LoadReport(version=version, digest=parameters.digest, pause_s=swap.pause_s)
 
     async def health(self) -> EngineHealth:

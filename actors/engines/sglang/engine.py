@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Self
@@ -42,7 +42,8 @@ class SglangEngine:
         self._settings = settings
         self._handover = handover
         self._newest: Parcel | None = None
-        self._version, self._digest = -1, ""
+        self._version = -1
+        self._digests: dict[int, str] = {}
         self._loaded = anyio.Event()
         self._loading = anyio.Lock()
         self._waiting = 0
@@ -92,9 +93,9 @@ class SglangEngine:
         return self._version
 
     @property
-    def digest(self) -> str:
-        """Digest of the weights in use; with `attest`, the server's own checksums agreed with it."""
-        return self._digest
+    def digests(self) -> Mapping[int, str]:
+        """Of all weights handed over; with `attest`, a server's own checksums agreed before it sampled with them."""
+        return self._digests
 
     async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:
         """Sample a continuation; see `Engine.generate`. Also raises `ValueError` for a prompt that fills the context.
@@ -131,9 +132,10 @@ class SglangEngine:
             except OSError as error:
                 raise EngineFailure(f"version {version} could not be handed over: {error}") from error
             before, self._newest = self._newest, parcel
+            self._digests[version] = parcel.digest
             pause_s = await self._deliver(parcel)
             self._handover.keep_only(*(p for p in (parcel, before) if p is not None))
-            self._version, self._digest = version, parcel.digest
+            self._version = version
             self._loaded.set()
         return LoadReport(version=version, digest=parcel.digest, pause_s=pause_s)
 

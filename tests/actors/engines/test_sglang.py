@@ -110,7 +110,7 @@ async def test_weights_the_server_did_not_really_load_are_not_vouched_for(
         async with stub.serve(), SglangEngine.open(tmp_path, settings_for(stub), seed=0) as engine:
             with pytest.raises(EngineFailure, match=r"model\.norm\.weight is not that of version 4"):
                 await engine.load(weights_of(model), version=4)
-            assert (engine.version, engine.digest) == (-1, "")
+            assert engine.version == -1
             stub.checksums = sums_of(model)
             report = await engine.load(weights_of(model), version=4)
     assert report.digest == weights_digest(weights_of(model))
