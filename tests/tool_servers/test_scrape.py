@@ -9,7 +9,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,8 +20,10 @@ from pydantic import JsonValue
 from tests.tool_servers.using import use
 from tool_servers.scrape.__main__ import scrape_tool
 from tool_servers.scrape.addresses import Refused, blocked_by, vet
-from tool_servers.scrape.fetch import Fetcher, FetchFailed, Page, Policy
+from tool_servers.scrape.fetch import Fetcher, Policy
+from tool_servers.scrape.page import FetchFailed, NotThere, Page
 from tool_servers.scrape.reader import Extractor, Reader, load_corpus
+from tool_servers.scrape.robots import Robots
 from tool_servers.serving import BadCall
 
 LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
@@ -127,6 +129,8 @@ class Site(BaseHTTPRequestHandler):
                 body, headers = gzip.compress(b"plain"), {"Content-Type": "text/plain", "Content-Encoding": "gzip"}
             case "/picture":
                 body, headers = b"\x89PNG", {"Content-Type": "image/png"}
+            case "/robots.txt":
+                body = b"User-agent: matpo-scrape\nDisallow: /private\n"
             case "/secret":
                 body, headers = self.headers.as_string().encode(), {"Content-Type": "text/plain"}
             case _:
@@ -195,6 +199,27 @@ async def test_redirects_are_followed_but_not_for_ever_and_not_inside(site: int)
         await fetcher.fetch(f"http://127.0.0.1:{site}/loop")
     with pytest.raises(Refused, match=r"169\.254\.169\.254 is not public"):
         await fetcher.fetch(f"http://127.0.0.1:{site}/inside")
+
+
+async def test_robots_txt_is_heeded_where_that_was_chosen(site: int) -> None:
+    polite = Fetcher(replace(policy(site), robots=True))
+    assert (await polite.fetch(f"http://127.0.0.1:{site}/page")).content_type == "text/html"
+    with pytest.raises(Refused, match=r"/private/x is not for robots, says .*/robots\.txt"):
+        await polite.fetch(f"http://127.0.0.1:{site}/private/x")
+    with pytest.raises(FetchFailed, match="status 404"):
+        await Fetcher(policy(site)).fetch(f"http://127.0.0.1:{site}/private/x")
+
+
+async def test_a_site_whose_robots_txt_cannot_be_had_is_left_alone_and_one_without_is_open() -> None:
+    async def absent(url: str) -> Page:
+        raise NotThere(f"{url} answered with status 404")
+
+    async def down(url: str) -> Page:
+        raise FetchFailed(f"{url} answered with status 503")
+
+    await Robots(absent).check("http://x/page")
+    with pytest.raises(Refused, match=r"http://x/robots\.txt cannot be had"):
+        await Robots(down).check("http://x/page")
 
 
 async def test_a_body_is_cut_after_decompression(site: int) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tool_servers.scrape.addresses import Refused
-from tool_servers.scrape.fetch import Fetcher, FetchFailed, Policy
+from tool_servers.scrape.fetch import Fetcher, Policy
+from tool_servers.scrape.page import FetchFailed
 from tool_servers.scrape.reader import Reader, load_corpus
 from tool_servers.serving import (
     Arguments,
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serving.add_argument("--allow-network", action="append", default=[], metavar="CIDR",
                          help="fetch from this private network too")  # fmt: skip
+    serving.add_argument("--robots", action="store_true", help="heed robots.txt (as matpo-scrape)")
     add_transport_options(serving)
     return parser
 
@@ -103,6 +105,7 @@ def _policy(options: argparse.Namespace) -> Policy:
         ports=frozenset({80, 443, *options.allow_port}),
         blocklist=frozenset(domains),
         allowed_networks=networks,
+        robots=options.robots,
     )
 
 

@@ -7,22 +7,20 @@ import socket
 import ssl
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 import httpcore2
 
 from tool_servers.scrape.addresses import Network, Refused, blocked_by, vet
+from tool_servers.scrape.page import FetchFailed, NotThere, Page
+from tool_servers.scrape.robots import Robots
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 """Host and port → addresses."""
 USER_AGENT = "matpo-scrape/0.1 (+https://modelcontextprotocol.io)"
 REDIRECTS = 5
 _REDIRECT_CODES = frozenset({301, 302, 303, 307, 308})
-
-
-class FetchFailed(Exception):
-    """The page could not be had; says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +36,8 @@ class Policy:
     """Domains, each with all its subdomains."""
     allowed_networks: tuple[Network, ...] = ()
     """Networks that are not public and may be fetched nevertheless."""
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """What a server answered."""
-
-    url: str
-    """After redirects."""
-    content_type: str
-    body: bytes
-    truncated: bool
+    robots: bool = False
+    """Heed robots.txt."""
 
 
 async def system_resolve(host: str, port: int) -> Sequence[str]:
@@ -99,6 +88,7 @@ class Fetcher:
 
     def __init__(self, policy: Policy, *, resolve: Resolve = system_resolve) -> None:
         self._policy = policy
+        self._robots = Robots(Fetcher(replace(policy, robots=False), resolve=resolve).fetch) if policy.robots else None
         self._backend = VettedBackend(resolve, policy.allowed_networks)
         self._tls = ssl.create_default_context()
 
@@ -107,6 +97,9 @@ class Fetcher:
         try:
             async with asyncio.timeout(self._policy.total_s):
                 for _ in range(REDIRECTS + 1):
+                    self.check(url)
+                    if self._robots is not None:
+                        await self._robots.check(url)
                     page = await self._get(url)
                     if isinstance(page, Page):
                         return page
@@ -136,7 +129,6 @@ class Fetcher:
 
     async def _get(self, url: str) -> Page | str:
         """One request: the page, or where it redirects to."""
-        self.check(url)
         headers: dict[bytes | str, bytes | str] = {
             "User-Agent": USER_AGENT,
             "Accept": "text/html,application/pdf,text/*;q=0.9,*/*;q=0.1",
@@ -152,7 +144,8 @@ class Fetcher:
             if response.status in _REDIRECT_CODES and "location" in answered:
                 return urljoin(url, answered["location"])
             if response.status >= 400:
-                raise FetchFailed(f"{url} answered with status {response.status}")
+                kind = NotThere if response.status < 500 else FetchFailed
+                raise kind(f"{url} answered with status {response.status}")
             chunks = response.aiter_stream()
             body, truncated = await _read(chunks, answered.get("content-encoding", ""), self._policy.max_bytes)
             return Page(url, answered.get("content-type", ""), body, truncated)

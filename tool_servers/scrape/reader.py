@@ -16,7 +16,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from tool_servers.scrape.exchange import Answer, Request
-from tool_servers.scrape.fetch import Fetcher, FetchFailed, Page
+from tool_servers.scrape.fetch import Fetcher
+from tool_servers.scrape.page import FetchFailed, Page
 
 KEPT_PAGES = 64
 MAX_ANSWER_BYTES = 64 * 2**20
