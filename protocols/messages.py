@@ -11,8 +11,10 @@ from protocols.records import Record, Task
 PROTOCOL = 1
 """Raised whenever a message or the tree encoding changes; peers with another number are refused."""
 
-MAX_CHUNK_BYTES = 64 * 2**20
-"""Most bytes one request may ask for; 4 MiB at a time is what measured best."""
+CHUNK_BYTES = 4 * 2**20
+"""What one request for a weight object asks for: measured best."""
+MAX_CHUNK_BYTES = 16 * 2**20
+"""The most it may ask for."""
 
 LARGEST = 2**53
 """JSON readers and SQLite hold every whole number up to here exactly."""

@@ -15,7 +15,6 @@ from protocols.records import Record
 
 KEYFRAMES_KEPT: Final = 3
 """The newest for joiners, the others for whoever is in the middle of a download or a few steps behind."""
-MAX_CHUNK_BYTES: Final = 16 * 2**20
 
 _OBJECTS: Final = TypeAdapter(tuple[WeightObject, ...])
 
@@ -109,12 +108,10 @@ class WeightStore:
                 detail=f"weight object {request.name!r} is not kept (any more); follow the next WeightsReady",
                 about=request.name,
             )
-        within = 0 <= request.offset < entry.size_bytes and 0 < request.size_bytes <= MAX_CHUNK_BYTES
-        if not within:
+        if request.offset >= entry.size_bytes:
             return Refuse(
                 reason="malformed",
-                detail=f"chunk [{request.offset}, +{request.size_bytes}) of {request.name!r}: the object has"
-                f" {entry.size_bytes} bytes and a chunk at most {MAX_CHUNK_BYTES}",
+                detail=f"chunk at {request.offset} of {request.name!r}: the object has {entry.size_bytes} bytes",
                 about=request.name,
             )
         stop = min(request.offset + request.size_bytes, entry.size_bytes)

@@ -1,0 +1,189 @@
+"""Follows the learner's weights: brings this machine's copy up to date, checks every byte, hands it to the engine.
+
+Playing goes on meanwhile. Whatever does not fit (a damaged file, a delta for other weights, another digest than
+announced) is counted and answered by starting again from a keyframe.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from actors.engines.engine import Engine, EngineFailure
+from actors.weights.download import BrokenTransfer, ObjectGone
+from actors.weights.shadow import Copy, Shadow, Turn, TurnLost
+from actors.weights.sources import HubSource, Source, Sources
+from matpo.errors import UserError
+from protocols.delta import BadDelta, apply_delta
+from protocols.messages import Chunk, Refuse, WeightObject, WeightsLoaded, WeightsReady
+from protocols.weights import BadWeights, Weights, covering, read_keyframe, weights_digest, write_keyframe
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+
+class Reports(Protocol):
+    """Where the follower says what the engine holds: `protocols.channel.HubClient`."""
+
+    async def send(self, message: WeightsLoaded) -> bool: ...
+
+
+class Follower:
+    """Keeps the engine at the newest announced weights."""
+
+    def __init__(
+        self,
+        shadow: Shadow,
+        *,
+        engine: Engine,
+        hub: HubSource,
+        reports: Reports,
+        others: Sequence[Source] = (),
+        loaded: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        """`others` are asked for weights before the hub. `loaded` are called right after every swap."""
+        self.failures: Counter[str] = Counter()
+        """What went wrong and was repaired, by kind."""
+        self.waiting_for: tuple[str, str] | None = None
+        """What is being waited for, and the remedy should it last."""
+        self._shadow = shadow
+        self._engine = engine
+        self._reports = reports
+        self._sources = Sources(hub, others, failures=self.failures)
+        self._loaded = loaded
+        self._newest: WeightsReady | None = None
+        self._fresh = anyio.Event()
+        self._whole = False
+        """Start from a keyframe, because what there was led nowhere."""
+        self._postponed = -1
+        """A version that was left alone once because another actor of this machine was ahead already."""
+
+    @property
+    def wanted_version(self) -> int:
+        """The newest announced version; -1 before the first."""
+        return -1 if self._newest is None else self._newest.version
+
+    def announce(self, ready: WeightsReady) -> None:
+        """New weights can be pulled, or are still the newest: repeated announcements are also the clock of retries."""
+        if ready.version >= self.wanted_version:
+            self._newest = ready
+            self._fresh.set()
+
+    def take(self, chunk: Chunk, content: memoryview) -> None:
+        """Bytes of a weight object arrived from the hub."""
+        self._sources.hub.take(chunk, content)
+
+    def refuse(self, refusal: Refuse) -> bool:
+        """Handle the hub's refusal of a chunk. False when it is about something else."""
+        return self._sources.hub.refuse(refusal)
+
+    async def run(self) -> None:
+        """Follow announcements forever. Raises `UserError` when the learner trains another model than this actor's."""
+        while True:
+            await self._fresh.wait()
+            self._fresh = anyio.Event()
+            if self._newest is not None and self._newest.version > self._engine.version:
+                try:
+                    await self._follow(self._newest)
+                finally:
+                    self.waiting_for = None
+
+    async def _follow(self, ready: WeightsReady) -> None:
+        try:
+            copy = await self._obtain(ready)
+            if copy is not None:
+                await self._load(copy)
+                self._whole = False
+        except (BrokenTransfer, BadDelta, BadWeights) as error:
+            self.failures["broken"] += 1
+            self._whole = True
+            log.warning("weights broken, starting from a keyframe", version=ready.version, reason=str(error))
+        except ObjectGone as error:
+            self.failures["gone"] += 1
+            log.info("weight object gone", object=str(error))
+        except TurnLost as error:
+            self.failures["turn_lost"] += 1
+            log.info("another actor brings the weights", reason=str(error))
+            self._fresh.set()
+        except EngineFailure as error:
+            self.failures["engine"] += 1
+            log.warning("engine took no weights", version=ready.version, reason=str(error))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"{str(self._shadow.folder)!r} has no room for two copies of the weights ({error.strerror});"
+                " free some there, or set actor.weights.memory to a folder with more"
+            ) from error
+
+    async def _obtain(self, ready: WeightsReady) -> Copy | None:
+        """This machine's copy of the newest weights, in use by this actor; None to wait for the next announcement."""
+        self.waiting_for = (
+            f"another actor of this machine that brings weights {ready.version}",
+            f"it is taken over when it stalls; see {self._shadow.folder}",
+        )
+        async with self._shadow.turn() as turn:
+            newest = self._newest or ready
+            self.waiting_for = f"weights {newest.version}", "see the hub's log and the network"
+            ahead = turn.newest()
+            if ahead is not None and ahead.version > newest.version != self._postponed:
+                self._postponed = newest.version
+                return None
+            copy = turn.find(newest.version, newest.digest) or await self._bring(turn, newest)
+            self._shadow.use(copy.path)
+        return copy
+
+    async def _bring(self, turn: Turn, ready: WeightsReady) -> Copy:
+        """Make the copy of the newest weights: from the copy there is, or from nothing, one object after the other."""
+        base = None if self._whole else turn.newest(before=ready.version)
+        turn.make_room(base)
+        draft: Path | None = None
+        held = None if base is None else base.version
+        while chain := self._chain(ready, held):
+            wanted = chain[0]
+            path = await self._sources.fetch(wanted, turn)
+            if wanted.base is None:
+                if draft is not None:
+                    draft.unlink(missing_ok=True)
+                draft = path
+            else:
+                if draft is None:
+                    assert base is not None, "a chain from nothing begins with a keyframe"
+                    draft = turn.draft()
+                    await anyio.to_thread.run_sync(shutil.copyfile, base.path, draft)
+                await anyio.to_thread.run_sync(_patch, path, draft, wanted)
+                path.unlink(missing_ok=True)
+            turn.progress()
+            held, ready = wanted.version, self._newest or ready
+        if draft is None:
+            raise BrokenTransfer(f"version {ready.version} is held already, but with another digest than announced")
+        return turn.finish(draft, ready.version, ready.digest)
+
+    def _chain(self, ready: WeightsReady, held: int | None) -> list[WeightObject]:
+        try:
+            return covering(ready.objects, held)
+        except ValueError as error:
+            raise BrokenTransfer(str(error)) from error
+
+    async def _load(self, copy: Copy) -> None:
+        weights = await anyio.to_thread.run_sync(_checked, copy)
+        self.waiting_for = f"the engine to load weights {copy.version}", "see the engine's log"
+        try:
+            report = await self._engine.load(weights, version=copy.version, file=copy.path)
+        except ValueError as error:
+            raise UserError(f"the learner's {error}; give actor and learner the same model.path") from error
+        for call in self._loaded:
+            call()
+        if report.digest != copy.digest:
+            raise BrokenTransfer(f"engine holds digest {report.digest}, announced was {copy.digest}")
+        log.info("weights loaded", version=report.version, pause_s=round(report.pause_s, 6))
+        await self._reports.send(
+            WeightsLoaded(version=report.version, digest=report.digest, pause_s=report.pause_s)
+        )

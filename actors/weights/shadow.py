@@ -1,0 +1,280 @@
+"""The one copy of a run's weights on a machine: a file in shared memory that all actors of the run map.
+
+Whoever has the turn brings the next version; the others wait and map it. Everything is owned through file locks, which
+the system lets go of when a process dies: a lock on the folder says "I am here", one on a version's file "I use it", one
+on `turn` "I am bringing the next". Files are named by version and digest, and are never changed once they have a name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import stat
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+import anyio
+
+from matpo.errors import UserError
+
+SHARED_MEMORY: Final = Path("/dev/shm")
+PREFIX: Final = "matpo-shadow"
+SUFFIX: Final = ".safetensors"
+POLL_S: Final = 0.02
+"""How often a lock is tried: nothing tells one process that another let go of one."""
+STALL_S: Final = 60.0
+"""An actor that has the turn and shows no progress for so long (it was stopped, or its line is cut) loses it."""
+JOIN_LIMIT_S: Final = 5.0
+"""Longest that removing a folder nobody uses may keep an actor from making it anew."""
+
+
+class TurnLost(Exception):
+    """Another actor took over; what this one was bringing is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A version's file."""
+
+    version: int
+    digest: str
+    path: Path
+
+
+class Shadow:
+    """This actor's place in the shared folder of its run."""
+
+    def __init__(self, folder: Path, *, stall_s: float = STALL_S) -> None:
+        self.folder = folder
+        self._stall_s = stall_s
+        self._used: int | None = None
+        """Descriptor of the copy this actor uses; the lock on it says so."""
+
+    @classmethod
+    @contextmanager
+    def open(cls, run: str, *, memory: Path | None = None, stall_s: float = STALL_S) -> Iterator[Self]:
+        """Join the actors of `run` on this machine. What dead ones left anywhere in `memory` is removed, and the folder
+        when the last actor leaves. Raises `UserError` when the place cannot be used.
+        """
+        parent = memory or default_memory()
+        sweep(parent)
+        folder = parent / f"{PREFIX}-{os.getuid()}-{hashlib.sha256(run.encode()).hexdigest()[:16]}"
+        descriptor = _join(folder)
+        shadow = cls(folder, stall_s=stall_s)
+        try:
+            yield shadow
+        finally:
+            shadow._let_go()
+            os.close(descriptor)
+            _remove_if_deserted(folder)
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[Turn]:
+        """Be the one who may bring a version. Waits for whoever has the turn as long as that one makes progress."""
+        path = self.folder / "turn"
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                turn = Turn(self, descriptor, path)
+                if await self._wait_for(descriptor, path) and turn.is_ours():
+                    turn.remove_drafts()
+                    yield turn
+                    return
+            finally:
+                os.close(descriptor)
+
+    async def _wait_for(self, descriptor: int, path: Path) -> bool:
+        """Until the lock is ours. False when it was taken from somebody who stalled: then there is a new one to take."""
+        while not _lock(descriptor, fcntl.LOCK_EX):
+            if time.time() - os.fstat(descriptor).st_mtime > self._stall_s:
+                if _is_at(descriptor, path):
+                    path.unlink(missing_ok=True)
+                return False
+            await anyio.sleep(POLL_S)
+        os.utime(descriptor)
+        return True
+
+    def copies(self) -> list[Copy]:
+        """All finished copies, oldest version first."""
+        found = []
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            version, _, digest = path.name.removesuffix(SUFFIX).partition("-")
+            if version.isdigit():
+                found.append(Copy(int(version), digest, path))
+        return sorted(found, key=lambda copy: copy.version)
+
+    def discard(self, path: Path) -> None:
+        """A copy turned out to be damaged: nobody shall map it any more."""
+        path.unlink(missing_ok=True)
+
+    def use(self, path: Path) -> None:
+        """This actor uses the copy from now on, and no longer the one before; what nobody uses is removed.
+
+        Call during a turn. Raises `TurnLost` when somebody removed the copy.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise TurnLost(f"{path.name} was removed before it was used") from error
+        _lock(descriptor, fcntl.LOCK_SH)
+        self._let_go()
+        self._used = descriptor
+        for copy in self.copies():
+            if copy.path != path:
+                _unlink_if_unused(copy.path)
+
+    def _let_go(self) -> None:
+        if self._used is not None:
+            os.close(self._used)
+            self._used = None
+
+
+class Turn:
+    """The right to change the folder. It ends when another actor thinks this one has stalled."""
+
+    def __init__(self, shadow: Shadow, descriptor: int, path: Path) -> None:
+        self._shadow = shadow
+        self._descriptor = descriptor
+        self._lock = path
+
+    def is_ours(self) -> bool:
+        """Whether nobody took over."""
+        return _is_at(self._descriptor, self._lock)
+
+    def progress(self) -> None:
+        """Show those who wait that something happens."""
+        os.utime(self._descriptor)
+
+    def draft(self) -> Path:
+        """A new name for a file that is being written. No two turns ever share one."""
+        return self._shadow.folder / f"draft-{uuid.uuid4().hex}"
+
+    def find(self, version: int, digest: str) -> Path | None:
+        """The finished copy of these weights."""
+        path = self._path(version, digest)
+        return path if path.is_file() else None
+
+    def newest(self, *, before: int) -> Copy | None:
+        """The newest copy that is older than a version: what a delta may be applied to."""
+        older = [copy for copy in self._shadow.copies() if copy.version < before]
+        return older[-1] if older else None
+
+    def make_room(self, keep: Copy | None) -> None:
+        """Before another copy is made, remove all but the one it is made from: there are never more than two.
+
+        An actor that still uses a removed copy keeps it mapped; it is more than a version behind. Raises `TurnLost`.
+        """
+        if not self.is_ours():
+            raise TurnLost("another actor took over")
+        for copy in self._shadow.copies():
+            if copy != keep:
+                copy.path.unlink(missing_ok=True)
+
+    def finish(self, draft: Path, version: int, digest: str) -> Path:
+        """Give a complete draft its name. Raises `TurnLost` when it was taken away."""
+        path = self._path(version, digest)
+        try:
+            draft.replace(path)
+        except FileNotFoundError as error:
+            raise TurnLost(f"another actor took over before version {version} was complete") from error
+        return path
+
+    def remove_drafts(self) -> None:
+        """What whoever had the turn before did not finish."""
+        for path in self._shadow.folder.glob("draft-*"):
+            path.unlink(missing_ok=True)
+
+    def _path(self, version: int, digest: str) -> Path:
+        return self._shadow.folder / f"{version:010d}-{digest}{SUFFIX}"
+
+
+def default_memory() -> Path:
+    """Shared memory, or the temporary folder where the system has none."""
+    usable = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
+    return SHARED_MEMORY if usable else Path(tempfile.gettempdir())
+
+
+def sweep(parent: Path) -> None:
+    """Remove this user's folders that no living actor has joined."""
+    for folder in parent.glob(f"{PREFIX}-{os.getuid()}-*"):
+        _remove_if_deserted(folder)
+
+
+def _join(folder: Path) -> int:
+    """Make the folder if need be and hold a shared lock on it; returns the lock's descriptor."""
+    give_up_s = time.monotonic() + JOIN_LIMIT_S
+    while time.monotonic() < give_up_s:
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            descriptor = _open_folder(folder)
+        except FileNotFoundError:  # its last actor left between the two calls, or the parent does not exist
+            if not folder.parent.is_dir():
+                raise UserError(f"folder {str(folder.parent)!r} does not exist; correct actor.weights.memory") from None
+            continue
+        except OSError as error:  # no folder, or not ours
+            raise UserError(f"{str(folder)!r} cannot be used ({error.strerror}); set actor.weights.memory") from error
+        mode = os.fstat(descriptor)
+        if mode.st_uid != os.getuid() or stat.S_IMODE(mode.st_mode) & 0o077:
+            os.close(descriptor)
+            raise UserError(f"folder {str(folder)!r} is not ours alone; remove it, or set actor.weights.memory")
+        if _lock(descriptor, fcntl.LOCK_SH) and _is_at(descriptor, folder):
+            return descriptor
+        os.close(descriptor)
+        time.sleep(POLL_S)  # whoever removes it is done at once
+    raise UserError(f"folder {str(folder)!r} is being removed and stays; remove it, or set actor.weights.memory")
+
+
+def _remove_if_deserted(folder: Path) -> None:
+    try:
+        descriptor = _open_folder(folder)
+    except OSError:  # gone already, or somebody else's
+        return
+    try:
+        if _lock(descriptor, fcntl.LOCK_EX) and _is_at(descriptor, folder):
+            for path in folder.iterdir():
+                path.unlink(missing_ok=True)
+            folder.rmdir()
+    finally:
+        os.close(descriptor)
+
+
+def _unlink_if_unused(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        if _lock(descriptor, fcntl.LOCK_EX):
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _open_folder(folder: Path) -> int:
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    """Lock without waiting; False when another process holds what excludes it."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one of that name."""
+    try:
+        there = path.lstat()
+    except FileNotFoundError:
+        return False
+    opened = os.fstat(descriptor)
+    return (there.st_dev, there.st_ino) == (opened.st_dev, opened.st_ino)
