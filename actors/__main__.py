@@ -18,13 +18,15 @@ import structlog
 from actors.engines.opening import open_engine
 from actors.episode import play_episode
 from actors.failure import user_error
-from actors.follow import Follower
 from actors.outbox import Outbox
 from actors.play import Player
 from actors.scene import Stage
 from actors.session import Session, greet
 from actors.setting import tool_variables
 from actors.tools.plane import ToolPlane
+from actors.weights.follow import Follower
+from actors.weights.shadow import Shadow
+from actors.weights.sources import HubSource
 from matpo.config import Config
 from matpo.errors import UserError, run_command
 from matpo.load import load_config
@@ -79,7 +81,13 @@ async def run_actor(place: Place) -> None:
             store=outbox,
             concurrency=config.actor.concurrency,
         )
-        follower = Follower(folder / "weights", engine=engine, uplink=client, loaded=(player.notice,))
+        follower = Follower(
+            stack.enter_context(Shadow.open(welcome.run, memory=config.actor.weights.memory)),
+            engine=engine,
+            hub=HubSource(client),
+            reports=client,
+            loaded=(player.notice,),
+        )
         session = Session(client, hello, welcome, outbox=outbox, player=player, follower=follower)
         log.info("ready", hub=place.hub, run=welcome.run, outbox_trees=len(outbox))
         tasks = await enter(anyio.create_task_group())
@@ -91,7 +99,13 @@ async def run_actor(place: Place) -> None:
         tasks.start_soon(player.run, name="play")
         tasks.start_soon(leave_on_signal, session, name="signals")
         await session.ended.wait()
-        log.info("leaving", episodes=dict(player.counts), outbox_trees=len(outbox), dropped=dict(outbox.dropped))
+        log.info(
+            "leaving",
+            episodes=dict(player.counts),
+            outbox_trees=len(outbox),
+            dropped=dict(outbox.dropped),
+            weights_repaired=dict(follower.failures),
+        )
         tasks.cancel_scope.cancel()
 
 

@@ -8,9 +8,9 @@ import anyio
 import structlog
 
 from actors.engines.engine import Engine
-from actors.follow import Follower
 from actors.outbox import Outbox
 from actors.play import Player
+from actors.weights.follow import Follower
 from matpo.errors import UserError
 from protocols.channel import HubClient
 from protocols.messages import (
@@ -75,7 +75,7 @@ class Session:
         self._outbox = outbox
         self._player = player
         self._follower = follower
-        self._waiting_since: tuple[str, float] | None = None
+        self._waiting_since: dict[str, float] = {}
         self.leaving = False
         self.ended = anyio.Event()
         """Set when the actor may go: the hub sent it home, or it has left."""
@@ -166,12 +166,11 @@ class Session:
             await self._client.send(LeaseRequest(episodes=self._player.wanted))
 
     def _waits(self) -> tuple[Wait, ...]:
-        waiting = self._player.waiting_for
-        if waiting is None:
-            self._waiting_since = None
-            return ()
-        what, remedy = waiting
-        if self._waiting_since is None or self._waiting_since[0] != what:
-            self._waiting_since = (what, time.monotonic())
-        since_s = time.monotonic() - self._waiting_since[1]
-        return (Wait(who=self._hello.actor_id, what=what, since_s=since_s, limit_s=STALL_S, remedy=remedy),)
+        """What player and follower wait for, and since when."""
+        now_s = time.monotonic()
+        waiting = dict(w for w in (self._player.waiting_for, self._follower.waiting_for) if w is not None)
+        self._waiting_since = {what: self._waiting_since.get(what, now_s) for what in waiting}
+        return tuple(
+            Wait(who=self._hello.actor_id, what=what, since_s=now_s - since_s, limit_s=STALL_S, remedy=waiting[what])
+            for what, since_s in self._waiting_since.items()
+        )

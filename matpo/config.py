@@ -16,6 +16,7 @@ from matpo.section import Section
 from matpo.tools_config import McpServer as McpServer
 from matpo.tools_config import ServerExtras as ServerExtras
 from matpo.tools_config import Tools as Tools
+from matpo.weights_config import ActorWeights as ActorWeights
 
 
 class Sampling(Section):
@@ -142,6 +143,7 @@ class Actor(Section):
     concurrency: int = Field(default=64, ge=1)
     """Live episodes per actor."""
     engine: Engine = EmbeddedEngine()
+    weights: ActorWeights = ActorWeights()
     generate_timeout_s: float = Field(default=120.0, gt=0)
     outbox_limit_trees: int = Field(default=2_000, ge=1)
     """Finished trees kept on disk while the hub is away; then playing pauses."""

@@ -100,12 +100,15 @@ def write_keyframe(path: Path, weights: Weights, *, version: int) -> WeightObjec
     return WeightObject(name=path.name, kind="keyframe", version=version, base=None, size_bytes=size, digest=digest)
 
 
-def read_keyframe(path: Path) -> Weights:
-    """The tensors of a safetensors file, memory-mapped and read-only. Raises `BadWeights`."""
+def read_keyframe(path: Path, *, writable: bool = False) -> Weights:
+    """The tensors of a safetensors file, memory-mapped; `writable`: what is written goes to the file.
+
+    Raises `BadWeights`.
+    """
     size = path.stat().st_size
     if size < 8:
         raise BadWeights(f"weight file {path} has {size} bytes and is no safetensors file")
-    mapped = np.memmap(path, dtype=np.uint8, mode="r")
+    mapped = np.memmap(path, dtype=np.uint8, mode="r+" if writable else "r")
     header_bytes = int.from_bytes(mapped[:8].tobytes(), "little")
     if header_bytes > min(size - 8, _MAX_HEADER_BYTES):
         raise BadWeights(f"weight file {path} claims a header of {header_bytes} bytes in a file of {size}: cut short?")

@@ -55,7 +55,7 @@ class Download:
         patience_s: float = CHUNK_PATIENCE_S,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
-        """`path` is written anew; `progress` is called for every chunk that arrived."""
+        """`path` is written anew; `progress` is called when chunks have arrived, and may raise to end the download."""
         self.wanted = wanted
         self._path = path
         self._progress = progress
@@ -81,6 +81,7 @@ class Download:
                 await self._ask(uplink)
                 with anyio.move_on_after(self._patience_s):
                     await changed.wait()
+                    self._progress()
         finally:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -93,7 +94,6 @@ class Download:
             os.pwrite(self._descriptor, content, chunk.offset)
             self._sent.remove(chunk.offset)
             self._moved_s = time.monotonic()
-            self._progress()
             self._notice()
 
     def give_up(self) -> None:

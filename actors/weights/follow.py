@@ -22,9 +22,9 @@ from actors.weights.download import BrokenTransfer, ObjectGone
 from actors.weights.shadow import Copy, Shadow, Turn, TurnLost
 from actors.weights.sources import HubSource, Source, Sources
 from matpo.errors import UserError
-from protocols.delta import BadDelta, apply_delta
+from protocols.delta import BadDelta, patch_weights
 from protocols.messages import Chunk, Refuse, WeightObject, WeightsLoaded, WeightsReady
-from protocols.weights import BadWeights, Weights, covering, read_keyframe, weights_digest, write_keyframe
+from protocols.weights import BadWeights, Weights, covering, read_keyframe, weights_digest
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -89,11 +89,13 @@ class Follower:
         while True:
             await self._fresh.wait()
             self._fresh = anyio.Event()
-            if self._newest is not None and self._newest.version > self._engine.version:
-                try:
-                    await self._follow(self._newest)
-                finally:
-                    self.waiting_for = None
+            if self._newest is not None and self._is_new(self._newest):
+                await self._follow(self._newest)
+                self.waiting_for = None
+
+    def _is_new(self, ready: WeightsReady) -> bool:
+        engine = self._engine
+        return ready.version > engine.version or (ready.version == engine.version and ready.digest != engine.digest)
 
     async def _follow(self, ready: WeightsReady) -> None:
         try:
@@ -130,20 +132,20 @@ class Follower:
             f"it is taken over when it stalls; see {self._shadow.folder}",
         )
         async with self._shadow.turn() as turn:
-            newest = self._newest or ready
-            self.waiting_for = f"weights {newest.version}", "see the hub's log and the network"
-            ahead = turn.newest()
-            if ahead is not None and ahead.version > newest.version != self._postponed:
-                self._postponed = newest.version
+            ready = self._newest or ready
+            self.waiting_for = f"the bytes of weights {ready.version}", "see the hub's log and the network"
+            if turn.is_behind(ready.version) and self._postponed != ready.version:
+                self._postponed = ready.version
                 return None
-            copy = turn.find(newest.version, newest.digest) or await self._bring(turn, newest)
-            self._shadow.use(copy.path)
+            copy = turn.find(ready.version, ready.digest) or await self._bring(turn, ready)
+            self._shadow.use(copy)
         return copy
 
     async def _bring(self, turn: Turn, ready: WeightsReady) -> Copy:
         """Make the copy of the newest weights: from the copy there is, or from nothing, one object after the other."""
-        base = None if self._whole else turn.newest(before=ready.version)
-        turn.make_room(base)
+        current = turn.base_of(ready.version)
+        turn.make_room(current)
+        base = None if self._whole else current
         draft: Path | None = None
         held = None if base is None else base.version
         while chain := self._chain(ready, held):
@@ -151,7 +153,7 @@ class Follower:
             path = await self._sources.fetch(wanted, turn)
             if wanted.base is None:
                 if draft is not None:
-                    draft.unlink(missing_ok=True)
+                    turn.drop(draft)
                 draft = path
             else:
                 if draft is None:
@@ -159,11 +161,11 @@ class Follower:
                     draft = turn.draft()
                     await anyio.to_thread.run_sync(shutil.copyfile, base.path, draft)
                 await anyio.to_thread.run_sync(_patch, path, draft, wanted)
-                path.unlink(missing_ok=True)
+                turn.drop(path)
             turn.progress()
             held, ready = wanted.version, self._newest or ready
         if draft is None:
-            raise BrokenTransfer(f"version {ready.version} is held already, but with another digest than announced")
+            raise BrokenTransfer(f"no object of those announced leads to version {ready.version}")
         return turn.finish(draft, ready.version, ready.digest)
 
     def _chain(self, ready: WeightsReady, held: int | None) -> list[WeightObject]:
@@ -173,7 +175,13 @@ class Follower:
             raise BrokenTransfer(str(error)) from error
 
     async def _load(self, copy: Copy) -> None:
-        weights = await anyio.to_thread.run_sync(_checked, copy)
+        try:
+            weights = await anyio.to_thread.run_sync(_read, copy)
+        except (BrokenTransfer, BadWeights):
+            self._shadow.discard(copy)
+            raise
+        except FileNotFoundError as error:
+            raise TurnLost(f"the copy of version {copy.version} was found damaged by another actor") from error
         self.waiting_for = f"the engine to load weights {copy.version}", "see the engine's log"
         try:
             report = await self._engine.load(weights, version=copy.version, file=copy.path)
@@ -184,6 +192,19 @@ class Follower:
         if report.digest != copy.digest:
             raise BrokenTransfer(f"engine holds digest {report.digest}, announced was {copy.digest}")
         log.info("weights loaded", version=report.version, pause_s=round(report.pause_s, 6))
-        await self._reports.send(
-            WeightsLoaded(version=report.version, digest=report.digest, pause_s=report.pause_s)
-        )
+        await self._reports.send(WeightsLoaded(version=report.version, digest=report.digest, pause_s=report.pause_s))
+
+
+def _patch(delta: Path, draft: Path, wanted: WeightObject) -> None:
+    """Turn the draft into the delta's version where it lies."""
+    assert wanted.base is not None, "a keyframe is no delta"
+    patch_weights(delta, read_keyframe(draft, writable=True), base_version=wanted.base)
+
+
+def _read(copy: Copy) -> Weights:
+    """Map a copy and check every byte of it."""
+    weights = read_keyframe(copy.path)
+    digest = weights_digest(weights)
+    if digest != copy.digest:
+        raise BrokenTransfer(f"weights {copy.version} have digest {digest}, announced was {copy.digest}")
+    return weights

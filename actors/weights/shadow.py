@@ -1,8 +1,8 @@
 """The one copy of a run's weights on a machine: a file in shared memory that all actors of the run map.
 
-Whoever has the turn brings the next version; the others wait and map it. Everything is owned through file locks, which
-the system lets go of when a process dies: a lock on the folder says "I am here", one on a version's file "I use it", one
-on `turn` "I am bringing the next". Files are named by version and digest, and are never changed once they have a name.
+Whoever has the turn brings the next version; the others wait and map it. All is owned through file locks, which the
+system lets go of when a process dies: a lock on the folder says "I am here", one on a version's file "I use it", one on
+`turn` "I bring the next". Files are named by version and digest, and are never changed once they have that name.
 """
 
 from __future__ import annotations
@@ -91,11 +91,10 @@ class Shadow:
                 os.close(descriptor)
 
     async def _wait_for(self, descriptor: int, path: Path) -> bool:
-        """Until the lock is ours. False when it was taken from somebody who stalled: then there is a new one to take."""
+        """Until the lock is ours. False when it was taken from somebody who stalled: now there is another to take."""
         while not _lock(descriptor, fcntl.LOCK_EX):
             if time.time() - os.fstat(descriptor).st_mtime > self._stall_s:
-                if _is_at(descriptor, path):
-                    path.unlink(missing_ok=True)
+                _unlink_if_at(descriptor, path)
                 return False
             await anyio.sleep(POLL_S)
         os.utime(descriptor)
@@ -110,24 +109,24 @@ class Shadow:
                 found.append(Copy(int(version), digest, path))
         return sorted(found, key=lambda copy: copy.version)
 
-    def discard(self, path: Path) -> None:
-        """A copy turned out to be damaged: nobody shall map it any more."""
-        path.unlink(missing_ok=True)
+    def discard(self, copy: Copy) -> None:
+        """It turned out to be damaged: nobody shall map it any more."""
+        copy.path.unlink(missing_ok=True)
 
-    def use(self, path: Path) -> None:
+    def use(self, used: Copy) -> None:
         """This actor uses the copy from now on, and no longer the one before; what nobody uses is removed.
 
         Call during a turn. Raises `TurnLost` when somebody removed the copy.
         """
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(used.path, os.O_RDONLY)
         except FileNotFoundError as error:
-            raise TurnLost(f"{path.name} was removed before it was used") from error
+            raise TurnLost(f"the copy of version {used.version} was removed before it was used") from error
         _lock(descriptor, fcntl.LOCK_SH)
         self._let_go()
         self._used = descriptor
         for copy in self.copies():
-            if copy.path != path:
+            if copy != used:
                 _unlink_if_unused(copy.path)
 
     def _let_go(self) -> None:
@@ -149,21 +148,27 @@ class Turn:
         return _is_at(self._descriptor, self._lock)
 
     def progress(self) -> None:
-        """Show those who wait that something happens."""
+        """Show those who wait that something happens. Raises `TurnLost`."""
+        if not self.is_ours():
+            raise TurnLost("another actor took over")
         os.utime(self._descriptor)
 
     def draft(self) -> Path:
         """A new name for a file that is being written. No two turns ever share one."""
         return self._shadow.folder / f"draft-{uuid.uuid4().hex}"
 
-    def find(self, version: int, digest: str) -> Path | None:
+    def find(self, version: int, digest: str) -> Copy | None:
         """The finished copy of these weights."""
-        path = self._path(version, digest)
-        return path if path.is_file() else None
+        copy = self._copy(version, digest)
+        return copy if copy.path.is_file() else None
 
-    def newest(self, *, before: int) -> Copy | None:
+    def is_behind(self, version: int) -> bool:
+        """Whether there is a copy of a later version."""
+        return any(copy.version > version for copy in self._shadow.copies())
+
+    def base_of(self, version: int) -> Copy | None:
         """The newest copy that is older than a version: what a delta may be applied to."""
-        older = [copy for copy in self._shadow.copies() if copy.version < before]
+        older = [copy for copy in self._shadow.copies() if copy.version < version]
         return older[-1] if older else None
 
     def make_room(self, keep: Copy | None) -> None:
@@ -171,28 +176,31 @@ class Turn:
 
         An actor that still uses a removed copy keeps it mapped; it is more than a version behind. Raises `TurnLost`.
         """
-        if not self.is_ours():
-            raise TurnLost("another actor took over")
+        self.progress()
         for copy in self._shadow.copies():
             if copy != keep:
                 copy.path.unlink(missing_ok=True)
 
-    def finish(self, draft: Path, version: int, digest: str) -> Path:
+    def finish(self, draft: Path, version: int, digest: str) -> Copy:
         """Give a complete draft its name. Raises `TurnLost` when it was taken away."""
-        path = self._path(version, digest)
+        copy = self._copy(version, digest)
         try:
-            draft.replace(path)
+            draft.replace(copy.path)
         except FileNotFoundError as error:
             raise TurnLost(f"another actor took over before version {version} was complete") from error
-        return path
+        return copy
+
+    def drop(self, draft: Path) -> None:
+        """It has served."""
+        draft.unlink(missing_ok=True)
 
     def remove_drafts(self) -> None:
         """What whoever had the turn before did not finish."""
         for path in self._shadow.folder.glob("draft-*"):
             path.unlink(missing_ok=True)
 
-    def _path(self, version: int, digest: str) -> Path:
-        return self._shadow.folder / f"{version:010d}-{digest}{SUFFIX}"
+    def _copy(self, version: int, digest: str) -> Copy:
+        return Copy(version, digest, self._shadow.folder / f"{version:010d}-{digest}{SUFFIX}")
 
 
 def default_memory() -> Path:
@@ -255,6 +263,11 @@ def _unlink_if_unused(path: Path) -> None:
             path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def _unlink_if_at(descriptor: int, path: Path) -> None:
+    if _is_at(descriptor, path):
+        path.unlink(missing_ok=True)
 
 
 def _open_folder(folder: Path) -> int:

@@ -1,5 +1,5 @@
-"""Where weight objects come from: the hub always, and before it whatever is cheaper: the learner's own folder on a
-shared file system, or a relay. What such a source gets wrong is counted and left for the hub; later it is tried again."""
+"""Where weight objects come from: the hub always, and before it what is cheaper: the learner's own folder on a shared
+file system, or a relay. What such a source gets wrong is counted and left for the hub; later it is tried again."""
 
 from __future__ import annotations
 
@@ -53,9 +53,7 @@ class HubSource:
 
     name = "hub"
 
-    def __init__(
-        self, uplink: Uplink, *, patience_s: float = CHUNK_PATIENCE_S, chunk_bytes: int = CHUNK_BYTES
-    ) -> None:
+    def __init__(self, uplink: Uplink, *, patience_s: float = CHUNK_PATIENCE_S, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._uplink = uplink
         self._patience_s = patience_s
         self._chunk_bytes = chunk_bytes
@@ -98,9 +96,7 @@ class FolderSource:
         limit_s = _limit_s(wanted)
         try:
             with anyio.fail_after(limit_s):
-                await anyio.to_thread.run_sync(
-                    self._copy, wanted, path, progress, stop, abandon_on_cancel=True
-                )
+                await anyio.to_thread.run_sync(self._copy, wanted, path, progress, stop, abandon_on_cancel=True)
         except TimeoutError as error:
             raise SourceFailed(f"{wanted.name} was not read within {limit_s:.0f} s") from error
         except (OSError, BrokenTransfer) as error:
@@ -138,10 +134,12 @@ class Sources:
                 try:
                     await source.fetch(wanted, path, turn.progress)
                 except SourceFailed as error:
-                    path.unlink(missing_ok=True)
+                    turn.drop(path)
                     self._failures[source.name] += 1
                     self._resting_until_s[source.name] = time.monotonic() + self._rest_s
-                    log.warning("weights left for the hub", source=source.name, reason=str(error), again_in_s=self._rest_s)
+                    log.warning(
+                        "weights left for the hub", source=source.name, reason=str(error), again_in_s=self._rest_s
+                    )
                 else:
                     return path
         path = turn.draft()
