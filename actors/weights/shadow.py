@@ -15,7 +15,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -220,7 +220,8 @@ def _join(folder: Path) -> int:
     give_up_s = time.monotonic() + JOIN_LIMIT_S
     while time.monotonic() < give_up_s:
         try:
-            folder.mkdir(mode=0o700, exist_ok=True)
+            with suppress(FileExistsError):  # not exist_ok: it may be gone again when that is looked into
+                folder.mkdir(mode=0o700)
             descriptor = _open_folder(folder)
         except FileNotFoundError:  # its last actor left between the two calls, or the parent does not exist
             if not folder.parent.is_dir():
