@@ -94,8 +94,9 @@ class Follower:
                 self.waiting_for = None
 
     def _is_new(self, ready: WeightsReady) -> bool:
-        engine = self._engine
-        return ready.version > engine.version or (ready.version == engine.version and ready.digest != engine.digest)
+        """Also a version the engine has, if it turned out to hold other weights than meant."""
+        held = self._engine.version
+        return ready.version > held or (ready.version == held and self._engine.digests.get(held) != ready.digest)
 
     async def _follow(self, ready: WeightsReady) -> None:
         try:
