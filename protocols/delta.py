@@ -1,61 +1,57 @@
 """The lossless difference of two sets of weights: where bit patterns changed and by how many ulps, at RL's learning
-rates a hundredth of the dense size or less. What does not fit the weights at hand is a `BadDelta`, never applied."""
+rates a hundredth of the dense size or less. What does not fit the weights at hand is a `BadDelta`, never applied.
+
+The file: magic; for every part (`protocols.parts.cut`) a zstd frame each of gap bytes, value bytes, uint16 and uint32
+escapes (`protocols.ulp`), none for an empty stream; the header, zstd-compressed JSON; its size, a little-endian uint64.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NamedTuple, Self
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
+from protocols import ulp
 from protocols.messages import WeightObject
+from protocols.parts import Part, cut, identities, in_order, slices
 from protocols.records import Record
-from protocols.weights import (
-    Tensor,
-    WeightDtype,
-    Weights,
-    combined_digest,
-    tensor_digest,
-    weights_digest,
-    write_atomically,
-)
+from protocols.ulp import Bits
+from protocols.weights import Draft, Tensor, TensorIdentity, WeightDtype, Weights, combined_digest
 
-Bytes = NDArray[np.uint8]
-Bits = NDArray[np.uint16] | NDArray[np.uint32]
 Count = Annotated[int, Field(ge=0)]
+Counts = tuple[Count, Count, Count, Count]
+"""One for each stream: gaps, values, uint16 escapes, uint32 escapes."""
 
-_MAGIC: Final = b"matpodl1"
+PART_ELEMENTS: Final = 2**23
+"""Enough for a part's changes to be worth the tables of a zstd frame, few enough to share a small model out evenly."""
+_MAGIC: Final = b"matpodl2"
+_SIZE_BYTES: Final = 8
 _MAX_HEADER_BYTES: Final = 64 * 2**20
-_SKIP: Final = 255
-"""A gap byte: 255 unchanged values, and more to come."""
-_WIDE16, _WIDE32 = 254, 255
-"""A value byte: the zigzag ulp difference is in the uint16, or the uint32, stream."""
+_ZSTD: Final = zstandard.ZstdCompressionParameters(
+    # Only entropy coding helps here: short matches in such streams are chance, and cost time and bytes.
+    strategy=zstandard.STRATEGY_FAST,
+    min_match=7,
+    hash_log=6,
+    window_log=17,
+)
 
 
 class BadDelta(ValueError):
     """A delta is damaged or was made for other weights; the message says which. Pull the keyframe instead."""
 
 
-class _TensorDelta(Record):
-    """What the streams hold of one tensor, in the header's order."""
-
-    name: str
-    dtype: WeightDtype
-    shape: tuple[Count, ...]
-    digest: str
-    """Of the tensor after the delta."""
-    gaps: Count
-    """Bytes of the gap stream."""
-    changed: Count
-    """Bytes of the value stream: one per changed element."""
-    wide16: Count
-    wide32: Count
+class _PartEntry(NamedTuple):
+    lengths: Counts
+    """Items of each stream."""
+    packed: Counts
+    """Bytes of each frame."""
 
 
 class _Header(Record):
@@ -63,17 +59,123 @@ class _Header(Record):
     version: int
     base_digest: str
     digest: str
-    tensors: tuple[_TensorDelta, ...]
-    stream_bytes: tuple[Count, Count, Count, Count]
-    """Compressed sizes: gaps, values, uint16 escapes, uint32 escapes."""
+    tensors: tuple[TensorIdentity, ...]
+    """After the delta, by name."""
+    part_elements: Annotated[int, Field(gt=0)]
+    parts: tuple[_PartEntry, ...]
+
+
+class _Streams(NamedTuple):
+    gaps: NDArray[np.uint8]
+    values: NDArray[np.uint8]
+    wide16: NDArray[np.uint16]
+    wide32: NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
-class _Streams:
-    gaps: Bytes
-    values: Bytes
-    wide16: NDArray[np.uint16]
-    wide32: NDArray[np.uint32]
+class EncodedPart:
+    """What a delta file holds of one part."""
+
+    lengths: Counts
+    frames: tuple[bytes, bytes, bytes, bytes]
+
+
+class Encoder:
+    """Encodes parts, on any number of threads at once; each needs a scratch of 4 bytes an element, 8 for float32."""
+
+    def __init__(self, weights: Weights, part_elements: int = PART_ELEMENTS) -> None:
+        self._most = min(part_elements, sum(tensor.data.size for tensor in weights.values()))
+        self._wide = any(tensor.dtype == "float32" for tensor in weights.values())
+        self._free: list[_Streams] = []
+
+    def encode(self, old: Sequence[Bits], new: Sequence[Bits]) -> EncodedPart:
+        """What turns the arrays `old` into `new`: one part's slices, in order."""
+        try:
+            scratch = self._free.pop()
+        except IndexError:
+            scratch = self._scratch()
+        at = ulp.start_encoding()
+        for before, after in zip(old, new, strict=True):
+            ulp.encode(_read_only(before), _read_only(after), *scratch, at)
+        gaps, values, wide16, wide32 = (int(length) for length in at[: ulp.CARRIED])
+        frames = (
+            _pack(scratch.gaps[:gaps]),
+            _pack(scratch.values[:values]),
+            _pack(scratch.wide16[:wide16]),
+            _pack(scratch.wide32[:wide32]),
+        )
+        self._free.append(scratch)
+        return EncodedPart((gaps, values, wide16, wide32), frames)
+
+    def _scratch(self) -> _Streams:
+        # Every element changed; or fewer, and a gap byte more for every 255 unchanged ones.
+        return _Streams(
+            np.empty(self._most + self._most // ulp.SKIP, np.uint8),
+            np.empty(self._most, np.uint8),
+            np.empty(self._most, np.dtype("<u2")),
+            np.empty(self._most if self._wide else 0, np.dtype("<u4")),
+        )
+
+
+class DeltaWriter:
+    """A delta file that grows part by part, and appears under its name when it is finished."""
+
+    def __init__(self, path: Path, part_elements: int = PART_ELEMENTS) -> None:
+        self._name = path.name
+        self._draft = Draft(path)
+        self._part_elements = part_elements
+        self._entries: list[_PartEntry] = []
+
+    def __enter__(self) -> Self:
+        self._draft.__enter__()
+        self._draft.write(_MAGIC)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._draft.__exit__(*error)
+
+    @property
+    def size_bytes(self) -> int:
+        """Written so far."""
+        return self._draft.size_bytes
+
+    def add(self, part: EncodedPart) -> None:
+        """Append the next part, in the order of `protocols.parts.cut`."""
+        for frame in part.frames:
+            self._draft.write(frame)
+        gaps, values, wide16, wide32 = map(len, part.frames)
+        self._entries.append(_PartEntry(part.lengths, (gaps, values, wide16, wide32)))
+
+    def finish(
+        self,
+        tensors: Iterable[TensorIdentity],
+        *,
+        kind: Literal["delta", "fold"],
+        base_version: int,
+        base_digest: str,
+        version: int,
+    ) -> WeightObject:
+        """All parts are there: write to which tensors they lead, make the file durable and describe it.
+
+        `base_digest` is the base's `weights_digest`.
+        """
+        after = tuple(sorted(tensors))
+        header = _Header(
+            base=base_version,
+            version=version,
+            base_digest=base_digest,
+            digest=combined_digest(after),
+            tensors=after,
+            part_elements=self._part_elements,
+            parts=tuple(self._entries),
+        )
+        text = zstandard.ZstdCompressor(level=9).compress(header.model_dump_json().encode())
+        self._draft.write(text)
+        self._draft.write(len(text).to_bytes(_SIZE_BYTES, "little"))
+        digest = self._draft.commit()
+        return WeightObject(
+            name=self._name, kind=kind, version=version, base=base_version, size_bytes=self.size_bytes, digest=digest
+        )
 
 
 def write_delta(
@@ -84,214 +186,159 @@ def write_delta(
     base_version: int,
     version: int,
     kind: Literal["delta", "fold"] = "delta",
+    base_digest: str | None = None,
+    threads: int = 1,
+    part_elements: int = PART_ELEMENTS,
 ) -> WeightObject:
     """Write what turns `base` into `target`, beside the old file and renamed, and describe the file.
 
-    Raises ValueError when the two do not have the same tensors.
+    `base_digest` is the base's `weights_digest`, computed here if not known. Raises ValueError when the two do not have
+    the same tensors.
     """
     if _shapes(base) != _shapes(target):
         odd = sorted(set(_shapes(base)) ^ set(_shapes(target)))[0][0]
         raise ValueError(f"weights {base_version} and {version} differ in the tensors they have, first {odd!r}")
-    names = sorted(target)
-    streams = [_encode(base[name], target[name]) for name in names]
-    digests = {name: tensor_digest(target[name]) for name in names}
-    packed = [
-        _compress([s.gaps for s in streams]),
-        _compress([s.values for s in streams]),
-        _compress([s.wide16.astype("<u2") for s in streams]),
-        _compress([s.wide32.astype("<u4") for s in streams]),
-    ]
-    header = _Header(
-        base=base_version,
-        version=version,
-        base_digest=weights_digest(base),
-        digest=combined_digest(target, digests),
-        tensors=tuple(
-            _TensorDelta(
-                name=name,
-                dtype=target[name].dtype,
-                shape=target[name].data.shape,
-                digest=digests[name],
-                gaps=len(s.gaps),
-                changed=len(s.values),
-                wide16=len(s.wide16),
-                wide32=len(s.wide32),
-            )
-            for name, s in zip(names, streams, strict=True)
-        ),
-        stream_bytes=(len(packed[0]), len(packed[1]), len(packed[2]), len(packed[3])),
-    )
-    text = header.model_dump_json().encode()
-    size, digest = write_atomically(path, [_MAGIC, len(text).to_bytes(8, "little"), text, *packed])
-    return WeightObject(name=path.name, kind=kind, version=version, base=base_version, size_bytes=size, digest=digest)
+    if base_digest is None:
+        base_digest = combined_digest(identities(base, threads))
+    encoder = Encoder(target, part_elements)
+
+    def encode(part: Part) -> EncodedPart:
+        return encoder.encode(slices(base, part), slices(target, part))
+
+    with DeltaWriter(path, part_elements) as writer:
+        for encoded in in_order(encode, cut(target, part_elements), threads):
+            writer.add(encoded)
+        after = identities(target, threads)
+        return writer.finish(after, kind=kind, base_version=base_version, base_digest=base_digest, version=version)
 
 
 def apply_delta(path: Path, base: Weights, *, base_version: int, threads: int = 1) -> Weights:
     """The weights after the delta, in memory of their own; `base` is left as it is. Raises as `patch_weights`."""
-    copy = {name: Tensor(tensor.dtype, tensor.data.copy()) for name, tensor in base.items()}
+    copies = in_order(lambda tensor: Tensor(tensor.dtype, tensor.data.copy()), base.values(), threads)
+    copy = dict(zip(base, copies, strict=True))
     patch_weights(path, copy, base_version=base_version, threads=threads)
     return copy
 
 
-def patch_weights(path: Path, weights: Weights, *, base_version: int, threads: int = 1) -> None:
-    """Turn `weights`, whose arrays must be writable, into the delta's version where they lie.
+def patch_weights(
+    path: Path, weights: Weights, *, base_version: int, base_digest: str | None = None, threads: int = 1
+) -> str:
+    """Turn `weights`, whose arrays must be writable, into the delta's version where they lie; returns their digest.
 
-    Raises `BadDelta` if the file is damaged, was made for another version or other weights, or gives others than meant.
-    The weights may then be half changed: throw them away.
+    `base_digest` is their `weights_digest` before, computed here if not known; every tensor is checked after the change
+    in either case. Raises `BadDelta` if the file is damaged, was made for another version or other weights, or gives
+    others than meant. The weights may then be half changed: throw them away.
     """
+    fixed = [name for name, tensor in weights.items() if not tensor.data.flags.writeable]
+    if fixed:
+        raise ValueError(f"{len(fixed)} tensors are read-only, first {fixed[0]!r}: patch a copy")
     try:
-        _patch(path.read_bytes(), weights, base_version)
+        return _patch(path, weights, base_version, base_digest, threads)
     except BadDelta as error:
         raise BadDelta(f"delta {path} {error}; pull the keyframe instead") from error
 
 
-def _patch(raw: bytes, base: Weights, base_version: int) -> None:
-    header, at = _read_header(raw)
+def _patch(path: Path, weights: Weights, base_version: int, base_digest: str | None, threads: int) -> str:
+    if path.stat().st_size < len(_MAGIC) + _SIZE_BYTES:
+        raise BadDelta("is no delta file, or was cut short")
+    raw = np.memmap(path, dtype=np.uint8, mode="r").data
+    header = _read_header(raw)
     if header.base != base_version:
         raise BadDelta(f"turns version {header.base} into {header.version}, but version {base_version} is held")
-    known = {name: tensor_digest(tensor) for name, tensor in base.items()}
-    if combined_digest(base, known) != header.base_digest:
+    held: dict[str, TensorIdentity] = {}
+    if base_digest is None:
+        held = {known.name: known for known in identities(weights, threads)}
+        base_digest = combined_digest(held.values())
+    if base_digest != header.base_digest:
         raise BadDelta(f"was made for other weights of version {base_version}")
-    if {(t.name, t.dtype, t.shape) for t in header.tensors} != _shapes(base):
+    if {(t.name, t.dtype, t.shape) for t in header.tensors} != _shapes(weights):
         raise BadDelta("names other tensors than the weights it was made for")
-    for entry, part in zip(header.tensors, _streams(header, memoryview(raw)[at:]), strict=True):
-        if entry.changed:
-            _decode(entry, part, base[entry.name])
-            known[entry.name] = tensor_digest(base[entry.name])
-        if known[entry.name] != entry.digest:
+    elements = sum(tensor.data.size for tensor in weights.values())
+    if len(header.parts) != -(-elements // header.part_elements):
+        raise BadDelta(f"has {len(header.parts)} parts, its header says otherwise")
+    starts = accumulate((sum(entry.packed) for entry in header.parts), initial=len(_MAGIC))
+
+    def patch(work: tuple[Part, _PartEntry, int]) -> set[str]:
+        part, entry, start = work
+        return _patch_part(part, slices(weights, part), entry, raw[start : start + sum(entry.packed)])
+
+    parts = zip(cut(weights, header.part_elements), header.parts, starts, strict=False)
+    changed = set[str]().union(*in_order(patch, parts, threads))
+    unsure = {name: weights[name] for name in weights if name in changed or name not in held}
+    held |= {known.name: known for known in identities(unsure, threads)}
+    for entry in header.tensors:
+        if held[entry.name] != entry:
             raise BadDelta(f"gives another tensor {entry.name!r} than the learner's")
-    if combined_digest(base, known) != header.digest:
+    digest = combined_digest(held.values())
+    if digest != header.digest:
         raise BadDelta(f"gives other weights than the learner's version {header.version}")
+    return digest
+
+
+def _read_header(raw: memoryview) -> _Header:
+    end = len(raw) - _SIZE_BYTES
+    size = int.from_bytes(raw[end:], "little")
+    if bytes(raw[: len(_MAGIC)]) != _MAGIC or size > end - len(_MAGIC):
+        raise BadDelta("is no delta file, or was cut short")
+    try:
+        header = _Header.model_validate_json(_unpack(raw[end - size : end], _MAX_HEADER_BYTES, exactly=False))
+    except ValidationError as error:
+        raise BadDelta("has a damaged header") from error
+    if len(_MAGIC) + sum(sum(entry.packed) for entry in header.parts) != end - size:
+        raise BadDelta(f"has {len(raw)} bytes, its header says otherwise: cut short?")
+    return header
+
+
+def _patch_part(part: Part, arrays: Sequence[Bits], entry: _PartEntry, packed: memoryview) -> set[str]:
+    """Change one part; returns the tensors that have changes there. Nothing beyond the part's size is allocated."""
+    elements = sum(map(len, arrays))
+    gaps, values, wide16, wide32 = entry.lengths
+    if values > elements or gaps > values + elements // ulp.SKIP or wide16 + wide32 > values:
+        raise BadDelta(f"claims more changes from {part[0]} on than there are elements")
+    frames: list[bytes] = []
+    for size, length, width in zip(entry.packed, entry.lengths, (1, 1, 2, 4), strict=True):
+        frames.append(_unpack(packed[:size], length * width) if size or length else b"")
+        packed = packed[size:]
+    streams = _Streams(
+        np.frombuffer(frames[0], np.uint8),
+        np.frombuffer(frames[1], np.uint8),
+        np.frombuffer(frames[2], "<u2"),
+        np.frombuffer(frames[3], "<u4"),
+    )
+    at = ulp.start_decoding()
+    changed: set[str] = set()
+    for piece, array in zip(part, arrays, strict=True):
+        before = at[1]
+        if not ulp.decode(array, *streams, at):
+            raise BadDelta(f"is damaged in {piece}")
+        if at[1] > before:
+            changed.add(piece.name)
+    if not np.array_equal(at[: ulp.CARRIED], entry.lengths):
+        raise BadDelta(f"has more changes from {part[0]} on than fit there")
+    return changed
 
 
 def _shapes(weights: Weights) -> set[tuple[str, WeightDtype, tuple[int, ...]]]:
     return {(name, tensor.dtype, tensor.data.shape) for name, tensor in weights.items()}
 
 
-def _encode(base: Tensor, target: Tensor) -> _Streams:
-    changed, old, new = _changes(_bits(base), _bits(target))
-    width = 8 * old.itemsize
-    distance = np.diff(changed, prepend=-1) - 1
-    skips = distance // _SKIP
-    ends = np.cumsum(skips + 1) - 1
-    gaps = np.full(int(ends[-1]) + 1 if len(ends) else 0, _SKIP, dtype=np.uint8)
-    gaps[ends] = distance - _SKIP * skips
-    code = _zigzag(_ordered(new, width) - _ordered(old, width), width) - 1
-    values = np.minimum(code, _WIDE16).astype(np.uint8)
-    values[code > 0xFFFF] = _WIDE32
-    return _Streams(gaps, values, code[values == _WIDE16].astype(np.uint16), code[values == _WIDE32].astype(np.uint32))
+def _read_only(array: Bits) -> Bits:
+    """A view that cannot be written: the loops are compiled for those alone, wherever arrays come from."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
-def _decode(entry: _TensorDelta, part: _Streams, base: Tensor) -> None:
-    old = _bits(base)
-    width = 8 * old.itemsize
-    more = part.gaps == _SKIP
-    positions = (np.cumsum(part.gaps + (~more).astype(np.int64)) - 1)[~more]
-    narrow, wide = part.values == _WIDE16, part.values == _WIDE32
-    sizes = (len(positions), int(narrow.sum()), int(wide.sum()))
-    if sizes != (entry.changed, entry.wide16, entry.wide32) or int(positions[-1]) >= len(old):
-        raise BadDelta(f"is damaged in tensor {entry.name!r}")
-    code = part.values.astype(np.int64)
-    code[narrow] = part.wide16
-    code[wide] = part.wide32
-    new = _ordered(old[positions], width) + _unzigzag(code + 1)
-    old[positions] = _unordered(new & ((1 << width) - 1), width)
+def _pack(stream: NDArray[np.generic]) -> bytes:
+    return zstandard.ZstdCompressor(compression_params=_ZSTD).compress(stream.data) if len(stream) else b""
 
 
-def _bits(tensor: Tensor) -> Bits:
-    flat = tensor.data.reshape(-1)
-    return flat.view(np.uint16) if tensor.dtype == "bfloat16" else flat.view(np.uint32)
-
-
-def _changes(old: Bits, new: Bits) -> tuple[NDArray[np.int64], Bits, Bits]:
-    """Ascending positions where the two differ, and the values there before and after.
-
-    Compared eight bytes at a time, because nearly none differ.
-    """
-    lanes = 8 // old.itemsize
-    whole = len(old) // lanes * lanes
-    old_words, new_words = old[:whole].view(np.uint64), new[:whole].view(np.uint64)
-    words = np.flatnonzero(old_words != new_words)
-    before = np.concatenate([old_words[words].view(old.dtype), old[whole:]])
-    after = np.concatenate([new_words[words].view(new.dtype), new[whole:]])
-    first = np.append(words * lanes, whole)
-    found = np.flatnonzero(before != after)
-    positions: NDArray[np.int64] = first[found // lanes] + (found & (lanes - 1))
-    return positions, before[found], after[found]
-
-
-def _ordered(bits: Bits, width: int) -> NDArray[np.int64]:
-    """Bit patterns of floats as integers in the floats' order, neighbours one apart; one to one, so -0 is not 0."""
-    wide, sign = bits.astype(np.int64), 1 << (width - 1)
-    return np.where(wide & sign, 2 * sign - 1 - wide, wide | sign)
-
-
-def _unordered(keys: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    sign = 1 << (width - 1)
-    return np.where(keys & sign, keys ^ sign, 2 * sign - 1 - keys)
-
-
-def _zigzag(difference: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    """0, -1, 1, -2, … as 0, 1, 2, 3, …, of differences modulo 2^width, so that the code has `width` bits too."""
-    half = 1 << (width - 1)
-    centred = ((difference + half) & (2 * half - 1)) - half
-    return (centred << 1) ^ (centred >> 63)
-
-
-def _unzigzag(code: NDArray[np.int64]) -> NDArray[np.int64]:
-    return (code >> 1) ^ -(code & 1)
-
-
-def _compress(parts: Sequence[NDArray[np.generic]]) -> bytes:
-    joined = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint8)
-    return zstandard.ZstdCompressor(level=1).compress(joined.tobytes())
-
-
-def _read_header(raw: bytes) -> tuple[_Header, int]:
-    """The checked header and where the streams begin."""
-    start = len(_MAGIC) + 8
-    size = int.from_bytes(raw[len(_MAGIC) : start], "little")
-    if raw[: len(_MAGIC)] != _MAGIC or size > min(len(raw) - start, _MAX_HEADER_BYTES):
-        raise BadDelta("is no delta file, or was cut short")
+def _unpack(frame: memoryview, length: int, *, exactly: bool = True) -> bytes:
+    """Decompress a frame of so many bytes, or of at most so many."""
     try:
-        header = _Header.model_validate_json(raw[start : start + size])
-    except ValidationError as error:
-        raise BadDelta("has a damaged header") from error
-    if start + size + sum(header.stream_bytes) != len(raw):
-        raise BadDelta(f"has {len(raw)} bytes, its header says otherwise: cut short?")
-    for entry in header.tensors:
-        elements = math.prod(entry.shape)
-        skips = elements // _SKIP
-        if (
-            entry.changed > elements
-            or entry.gaps > entry.changed + skips
-            or entry.wide16 + entry.wide32 > entry.changed
-        ):
-            raise BadDelta(f"claims more changes of tensor {entry.name!r} than it has elements")
-    return header, start + size
-
-
-def _streams(header: _Header, body: memoryview) -> Iterator[_Streams]:
-    """Each tensor's part of the streams. Sizes were checked against the weights: nothing beyond them is allocated."""
-    tensors = header.tensors
-    lengths = [sum(t.gaps for t in tensors), sum(t.changed for t in tensors)]
-    lengths += [2 * sum(t.wide16 for t in tensors), 4 * sum(t.wide32 for t in tensors)]
-    unpacked: list[bytes] = []
-    for packed, length in zip(header.stream_bytes, lengths, strict=True):
-        unpacked.append(_decompress(body[:packed], length))
-        body = body[packed:]
-    gaps, values = np.frombuffer(unpacked[0], np.uint8), np.frombuffer(unpacked[1], np.uint8)
-    wide16, wide32 = np.frombuffer(unpacked[2], "<u2"), np.frombuffer(unpacked[3], "<u4")
-    for entry in tensors:
-        yield _Streams(gaps[: entry.gaps], values[: entry.changed], wide16[: entry.wide16], wide32[: entry.wide32])
-        gaps, values = gaps[entry.gaps :], values[entry.changed :]
-        wide16, wide32 = wide16[entry.wide16 :], wide32[entry.wide32 :]
-
-
-def _decompress(packed: memoryview, length: int) -> bytes:
-    try:
-        if zstandard.get_frame_parameters(packed).content_size != length:
+        found = zstandard.get_frame_parameters(frame).content_size
+        if found > length or (exactly and found != length):
             raise BadDelta("has a stream of another length than its header says")
-        return zstandard.ZstdDecompressor().decompress(packed, max_output_size=length)
+        return zstandard.ZstdDecompressor().decompress(frame, max_output_size=length, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise BadDelta("has a damaged stream") from error

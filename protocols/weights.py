@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NamedTuple, Self
 
 import numpy as np
 import orjson
@@ -43,22 +43,31 @@ Weights = Mapping[str, Tensor]
 """Hugging Face parameter name → tensor. Tied parameters appear once."""
 
 
-def tensor_digest(tensor: Tensor) -> str:
-    """xxh3-128 of the tensor's bytes, in hex."""
-    return xxhash.xxh3_128_hexdigest(raw_bytes(tensor))
+class TensorIdentity(NamedTuple):
+    """What tells one tensor from another."""
+
+    name: str
+    dtype: WeightDtype
+    shape: tuple[int, ...]
+    digest: str
+    """xxh3-128 of the bytes, in hex."""
+
+
+def tensor_identity(name: str, tensor: Tensor) -> TensorIdentity:
+    """Reads the whole tensor."""
+    return TensorIdentity(name, tensor.dtype, tensor.data.shape, xxhash.xxh3_128_hexdigest(raw_bytes(tensor)))
 
 
 def weights_digest(weights: Weights) -> str:
-    """Identity of a whole set of weights: xxh3-128 over name, dtype, shape and digest of every tensor, by name."""
-    return combined_digest(weights, {name: tensor_digest(tensor) for name, tensor in weights.items()})
+    """Identity of a whole set of weights: xxh3-128 over the tensors' identities by name, in hex."""
+    return combined_digest(tensor_identity(name, tensor) for name, tensor in weights.items())
 
 
-def combined_digest(weights: Weights, digests: Mapping[str, str]) -> str:
-    """`weights_digest` from tensor digests that are known already."""
+def combined_digest(identities: Iterable[TensorIdentity]) -> str:
+    """`weights_digest` from identities that are known already."""
     whole = xxhash.xxh3_128()
-    for name in sorted(weights):
-        tensor = weights[name]
-        whole.update(f"{name}|{tensor.dtype}|{tensor.data.shape}|{digests[name]}\n".encode())
+    for name, dtype, shape, digest in sorted(identities):
+        whole.update(f"{name}|{dtype}|{shape}|{digest}\n".encode())
     return whole.hexdigest()
 
 
@@ -81,8 +90,11 @@ _TO_CODE: Final = {name: code for code, name in _TO_NAME.items()}
 _MAX_HEADER_BYTES: Final = 100 * 2**20
 
 
-def write_keyframe(path: Path, weights: Weights, *, version: int) -> WeightObject:
-    """Write the weights whole (safetensors), beside the old file and renamed, and describe the file."""
+def write_keyframe(path: Path, weights: Weights, *, version: int, digest: str | None = None) -> WeightObject:
+    """Write the weights whole (safetensors), beside the old file and renamed, and describe the file.
+
+    `digest` is their `weights_digest`, computed here if not known.
+    """
     # float32 first: every tensor then starts at a multiple of its item size.
     names = sorted(weights, key=lambda name: (weights[name].dtype != "float32", name))
     entries: dict[str, dict[str, object]] = {}
@@ -92,12 +104,12 @@ def write_keyframe(path: Path, weights: Weights, *, version: int) -> WeightObjec
         stop = offset + tensor.data.nbytes
         entries[name] = {"dtype": _TO_CODE[tensor.dtype], "shape": tensor.data.shape, "data_offsets": (offset, stop)}
         offset = stop
-    metadata = {"format": "pt", "version": str(version), "digest": weights_digest(weights)}
+    metadata = {"format": "pt", "version": str(version), "digest": digest or weights_digest(weights)}
     header = orjson.dumps({"__metadata__": metadata, **entries})
     header += b" " * (-len(header) % 8)
     body = (raw_bytes(weights[name]) for name in names)
-    size, digest = write_atomically(path, chain([len(header).to_bytes(8, "little"), header], body))
-    return WeightObject(name=path.name, kind="keyframe", version=version, base=None, size_bytes=size, digest=digest)
+    size, checksum = write_atomically(path, chain([len(header).to_bytes(8, "little"), header], body))
+    return WeightObject(name=path.name, kind="keyframe", version=version, base=None, size_bytes=size, digest=checksum)
 
 
 def read_keyframe(path: Path, *, writable: bool = False) -> Weights:
@@ -144,22 +156,43 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return tensor.data.reshape(-1).view(np.uint8).data
 
 
-def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write the parts beside `path`, flush to disk, rename. Returns (bytes, xxh3-128 in hex)."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    digest, size = xxhash.xxh3_128(), 0
-    try:
-        with draft.open("wb") as file:
-            for part in parts:
-                digest.update(part)
-                size += file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
+class Draft:
+    """A file that appears under its name only when it is whole and on disk; before that it lies beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self.size_bytes = 0
+        self._path = path
+        self._beside = path.with_name(f".{path.name}.{os.getpid()}")
+        self._digest = xxhash.xxh3_128()
+
+    def __enter__(self) -> Self:
+        self._file = self._beside.open("wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
         with suppress(FileNotFoundError):
-            draft.unlink()
-    return size, digest.hexdigest()
+            self._beside.unlink()
+
+    def write(self, part: bytes | memoryview) -> None:
+        """Append."""
+        self._digest.update(part)
+        self.size_bytes += self._file.write(part)
+
+    def commit(self) -> str:
+        """Flush to disk and rename. Returns the xxh3-128 of the bytes in hex."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._beside.replace(self._path)
+        return self._digest.hexdigest()
+
+
+def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Write the parts as a `Draft`. Returns (bytes, xxh3-128 in hex)."""
+    with Draft(path) as draft:
+        for part in parts:
+            draft.write(part)
+        return draft.size_bytes, draft.commit()
 
 
 def file_digest(path: Path) -> str:
