@@ -1,31 +1,26 @@
-"""The part of SGLang's HTTP interface an engine needs, on aiohttp and orjson. Knows nothing of episodes or versions."""
+"""The part of SGLang's HTTP interface an engine needs. Knows nothing of episodes or versions."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, Literal, Self, TypeVar
 
-import aiohttp
 import anyio
 import numpy as np
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from actors.engines.sglang.http import Broken, HttpClient, Method, Refused
 from matpo.config import Sampling
 from protocols.records import Tokens
 
 Swap = Literal["retract", "in_place", "abort"]
 T = TypeVar("T", bound=BaseModel)
-JSON: Final = {"Content-Type": "application/json"}
 EVENT: Final = b"data: "
 END_OF_STREAM: Final = b"[DONE]"
 LARGEST_EVENT_BYTES: Final = 16 * 2**20
-KEEP_ALIVE_S: Final = 3.0
-"""The server closes a connection idle for 5 s; ours must be gone by then, or a request would meet the closing end."""
-CONNECT_TIMEOUT_S: Final = 60.0
-"""Long: thousands of requests at once overflow the queue of a server that accepts slowly; the system tries again."""
 ABORT_TIMEOUT_S: Final = 2.0
 
 
@@ -133,34 +128,38 @@ class Request:
 class SglangClient:
     """One server. Every method raises `ServerGone` or `ServerRefused`; deadlines of `generate` are the caller's."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
-        self.url = url.rstrip("/")
-        self._session = session
+    def __init__(self, http: HttpClient) -> None:
+        self._http = http
 
     @classmethod
     @asynccontextmanager
     async def open(cls, url: str) -> AsyncIterator[Self]:
         """A pool of as many connections as there are requests."""
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
-        async with aiohttp.ClientSession(
-            connector=connector, timeout=timeout, headers=JSON, read_bufsize=2**18
-        ) as session:
-            yield cls(session, url)
+        async with HttpClient.open(url) as http:
+            yield cls(http)
+
+    @property
+    def url(self) -> str:
+        """Of the server; may be set when another takes its place."""
+        return self._http.url
+
+    @url.setter
+    def url(self, url: str) -> None:
+        self._http.url = url
 
     async def generate(self, request: Request) -> AsyncGenerator[bytes, None]:
         """The JSON of the reply, or of each event of a streamed one."""
         try:
-            async with self._session.post(self.url + "/generate", data=request.body()) as response:
-                if response.status != 200:
-                    raise ServerRefused(_explain(await response.read(), response.status))
-                if not request.stream_tokens:
-                    yield await response.read()
-                    return
-                async for event in _events(response.content):
+            if not request.stream_tokens:
+                yield await self._http.fetch("POST", "/generate", request.body())
+                return
+            async with aclosing(self._http.stream("/generate", request.body())) as parts:
+                async for event in _events(parts):
                     yield event
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise ServerGone(f"{self.url}: {type(error).__name__}: {error}") from error
+        except Refused as error:
+            raise ServerRefused(_explain(error.content, error.status)) from error
+        except Broken as error:
+            raise ServerGone(f"{self.url}: {error}") from error
 
     async def abort(self, rid: str) -> None:
         """End a request, if the server still has it. Failures do not matter: then it is gone or ends by itself."""
@@ -199,17 +198,17 @@ class SglangClient:
 
     async def model_info(self, *, deadline_s: float) -> ModelInfo:
         """Which model is served."""
-        return _parse(ModelInfo, await self._call("GET", "/model_info", None, deadline_s=deadline_s))
+        return _parse(ModelInfo, await self._call("GET", "/model_info", deadline_s=deadline_s))
 
     async def loads(self, *, deadline_s: float) -> tuple[int, int]:
         """(running, waiting) requests, as the scheduler reports them."""
-        loads = _parse(_Loads, await self._call("GET", "/v1/loads", None, deadline_s=deadline_s)).loads
+        loads = _parse(_Loads, await self._call("GET", "/v1/loads", deadline_s=deadline_s)).loads
         return sum(load.num_running_reqs for load in loads), sum(load.num_waiting_reqs for load in loads)
 
     async def healthy(self, *, deadline_s: float) -> bool:
         """Whether the server answers and calls itself healthy."""
         try:
-            await self._call("GET", "/health", None, deadline_s=deadline_s)
+            await self._call("GET", "/health", deadline_s=deadline_s)
         except (ServerGone, ServerRefused):
             return False
         return True
@@ -217,24 +216,22 @@ class SglangClient:
     async def _post(self, path: str, body: object, *, deadline_s: float) -> bytes:
         return await self._call("POST", path, orjson.dumps(body), deadline_s=deadline_s)
 
-    async def _call(self, method: str, path: str, body: bytes | None, *, deadline_s: float) -> bytes:
-        timeout = aiohttp.ClientTimeout(total=deadline_s)
+    async def _call(self, method: Method, path: str, body: bytes = b"", *, deadline_s: float) -> bytes:
         try:
-            async with self._session.request(method, self.url + path, data=body, timeout=timeout) as response:
-                content = await response.read()
-        except TimeoutError as error:
-            raise ServerGone(f"{self.url}{path} did not answer within {deadline_s:g} s") from error
-        except aiohttp.ClientError as error:
-            raise ServerGone(f"{self.url}{path}: {type(error).__name__}: {error}") from error
-        if response.status != 200:
-            raise ServerRefused(_explain(content, response.status))
-        return content
+            with anyio.fail_after(deadline_s):
+                return await self._http.fetch(method, path, body)
+        except TimeoutError:
+            raise ServerGone(f"{self.url}{path} did not answer within {deadline_s:g} s") from None
+        except Refused as error:
+            raise ServerRefused(_explain(error.content, error.status)) from error
+        except Broken as error:
+            raise ServerGone(f"{self.url}{path}: {error}") from error
 
 
-async def _events(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+async def _events(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """The payloads of server-sent events, up to [DONE]."""
     kept = bytearray()
-    async for part in stream.iter_any():
+    async for part in parts:
         kept += part
         while (end := kept.find(b"\n\n")) >= 0:
             event = bytes(kept[:end])
