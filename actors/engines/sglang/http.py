@@ -1,7 +1,7 @@
 """Thousands of HTTP/1.1 requests in flight to one server: a kept-alive connection each, a few µs of Python per request.
 
-A general client costs about three times as much for the same (`benchmarks/engine_client.py`). No redirects, proxies, cookies or
-compression: a server of our own does not need them.
+A general client costs about three times as much for the same (`benchmarks/engine_client.py`). No redirects, proxies,
+cookies or compression: a server of our own does not need them.
 """
 
 from __future__ import annotations
