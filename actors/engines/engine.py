@@ -56,6 +56,10 @@ class EngineHealth:
     waiting: int
     sampled_tokens: int
     """Since the engine started."""
+    prompt_tokens: int = 0
+    """Of all requests since the engine started."""
+    cached_tokens: int = 0
+    """How many of the prompt tokens needed no computing: their keys and values were still there."""
 
 
 class Engine(Protocol):

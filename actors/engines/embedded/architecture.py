@@ -6,18 +6,21 @@ from pathlib import Path
 from typing import Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from matpo.errors import UserError
 
 Shape = tuple[int, ...]
-SUPPORTED = ("llama", "qwen2", "qwen3")
+REMEDY = (
+    "the embedded engine runs llama, qwen2 and qwen3 decoders that attend to everything, with plain rotary embeddings,"
+    ' no experts and no quantised weights; for others set actor.engine.kind = "sglang"'
+)
 
 
 class _Rope(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    rope_type: str = "default"
+    rope_type: Literal["default"] = Field(default="default", validation_alias=AliasChoices("rope_type", "type"))
     rope_theta: float | None = None
 
 
@@ -46,6 +49,9 @@ class Architecture(BaseModel):
     attention_bias: bool = False
     mlp_bias: Literal[False] = False
     use_sliding_window: Literal[False] = False
+    layer_types: tuple[Literal["full_attention"], ...] | None = None
+    quantization_config: None = None
+    max_position_embeddings: int | None = None
     rope_theta: float | None = None
     rope_scaling: _Rope | None = None
     rope_parameters: _Rope | None = None
@@ -105,22 +111,26 @@ class Architecture(BaseModel):
         return shapes
 
 
-def read_architecture(folder: Path) -> Architecture:
-    """Parse `folder/config.json`. Raises `UserError` for a model the embedded engine cannot run."""
+def read_architecture(folder: Path, *, context: int = 0) -> Architecture:
+    """Parse `folder/config.json`. Raises `UserError` for a model the embedded engine cannot run, or not with sequences
+    of `context` tokens."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"model folder {str(folder)!r} holds no config.json; give a Hugging Face model folder")
     try:
         architecture = Architecture.model_validate(orjson.loads(file.read_bytes()))
-    except (orjson.JSONDecodeError, ValidationError) as error:
-        problem = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("JSON",), "msg": str(error)}
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{file} is no JSON: {error}; give a Hugging Face model folder") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
+        value = "" if problem["type"] == "missing" else f" = {problem['input']!r}"
+        raise UserError(f"{file}: {where}{value}: {problem['msg']}; {REMEDY}") from error
+    known = architecture.max_position_embeddings
+    if known is not None and context > known:
         raise UserError(
-            f"{file}: {where}: {problem['msg']}; the embedded engine runs {', '.join(SUPPORTED)} decoders"
-        ) from error
-    scaling = architecture.rope_parameters or architecture.rope_scaling
-    if scaling is not None and scaling.rope_type != "default":
-        raise UserError(f"{file}: rope_type {scaling.rope_type!r} is not supported by the embedded engine; use sglang")
+            f"actor.engine.max_context_tokens = {context}, but {str(folder)!r} has only {known} positions; lower it"
+        )
     return architecture
 
 

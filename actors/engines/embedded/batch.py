@@ -22,6 +22,8 @@ class Request:
     answered: Callable[[], None]
     """Wakes the caller; called on its event loop."""
     result: Generation | None = field(default=None)
+    failure: str = field(default="")
+    """Why there will be no result."""
 
 
 class Batch:

@@ -55,13 +55,11 @@ class EmbeddedEngine:
         `log` is for engines that are processes of their own; this one prints nothing.
         Raises `UserError` for a model this engine cannot run or a device torch does not have.
         """
-        architecture = read_architecture(folder)
+        architecture = read_architecture(folder, context=settings.max_context_tokens)
         ends = read_end_tokens(folder, architecture)
-        loop = asyncio.get_running_loop()
-        _check_device(settings.device)
         torch.set_num_threads(settings.threads)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        worker = Worker(architecture, settings, ends=ends, seed=seed, post=loop.call_soon_threadsafe)
+        worker = _worker(architecture, settings, ends=ends, seed=seed)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(anyio.to_thread.run_sync, worker.run, name="embedded engine")
             try:
@@ -92,8 +90,10 @@ class EmbeddedEngine:
             with anyio.move_on_after(deadline_s):
                 await answered.wait()
         finally:
-            if request.result is None:
+            if not answered.is_set():
                 self._worker.mail.put(Abandon(request))
+        if request.failure:
+            raise EngineFailure(f"the embedded engine failed: {request.failure}")
         if request.result is None:
             raise EngineFailure(
                 f"no answer of the embedded engine within {deadline_s:g} s ({self._worker.running} running,"
@@ -104,12 +104,17 @@ class EmbeddedEngine:
     async def load(self, weights: Weights, *, version: int, file: Path | None = None) -> LoadReport:
         """Build the new parameters beside the old ones while generation goes on, then swap between two steps.
 
-        Raises `ValueError` when the tensors do not fit the model; the old weights then stay.
+        Raises `ValueError` when the tensors do not fit the model, `EngineFailure` when the device has no room for both;
+        the old weights then stay.
         """
         device, dtype = torch.device(self._settings.device), TORCH_TYPES[self._settings.dtype]
-        parameters = await anyio.to_thread.run_sync(
-            lambda: load_parameters(self._architecture, weights, device=device, dtype=dtype)
-        )
+        try:
+            parameters = await anyio.to_thread.run_sync(
+                lambda: load_parameters(self._architecture, weights, device=device, dtype=dtype)
+            )
+        except (RuntimeError, MemoryError) as error:
+            reason = str(error).splitlines()[0]
+            raise EngineFailure(f"the embedded engine took no weights of version {version}: {reason}") from error
         self._digests[version] = parameters.digest
         answered = anyio.Event()
         swap = Swap(parameters, version, answered.set)
@@ -122,13 +127,18 @@ class EmbeddedEngine:
         return LoadReport(version=version, digest=parameters.digest, pause_s=swap.pause_s)
 
     async def health(self) -> EngineHealth:
-        """Counters of the worker thread; `starting` until the first weights are in."""
+        """Counters of the worker thread; `starting` until the first weights are in, `failed` after a failed round until
+        one succeeds."""
+        worker = self._worker
+        name = f"embedded {self._architecture.model_type} on {self._settings.device}, version {self.version}"
         return EngineHealth(
-            state="starting" if self.version < 0 else "ready",
-            detail=f"embedded {self._architecture.model_type} on {self._settings.device}, version {self.version}",
-            running=self._worker.running,
-            waiting=self._worker.waiting,
-            sampled_tokens=self._worker.sampled_tokens,
+            state="failed" if worker.failure else "starting" if self.version < 0 else "ready",
+            detail=worker.failure or name,
+            running=worker.running,
+            waiting=worker.waiting,
+            sampled_tokens=worker.sampled_tokens,
+            prompt_tokens=worker.prompt_tokens,
+            cached_tokens=worker.cached_tokens,
         )
 
     def _check(self, tokens: Tokens) -> None:
@@ -144,8 +154,21 @@ class EmbeddedEngine:
             )
 
 
-def _check_device(device: str) -> None:
+def _worker(architecture: Architecture, settings: Settings, *, ends: tuple[int, ...], seed: int) -> Worker:
+    """The worker with its memory. Raises `UserError` for a device that is not there or too small."""
     try:
-        torch.empty(0, device=device)
+        kind = torch.empty(0, device=settings.device).device.type
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"actor.engine.device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"actor.engine.device {settings.device!r} cannot be used: {reason}") from error
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"actor.engine.device {settings.device!r} is not supported; use cpu or cuda:0")
+    post = asyncio.get_running_loop().call_soon_threadsafe
+    try:
+        return Worker(architecture, settings, ends=ends, seed=seed, post=post)
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(
+            f"actor.engine.max_batch = {settings.max_batch} sequences of max_context_tokens ="
+            f" {settings.max_context_tokens} do not fit on {settings.device!r}"
+            f" ({str(error).splitlines()[0]}); lower one of them"
+        ) from error

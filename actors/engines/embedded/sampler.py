@@ -63,6 +63,7 @@ def sample(
     total_B1 = cumulative_BV[:, -1:]
     u_B1 = torch.rand(total_B1.shape, generator=generator, dtype=torch.float64, device=logits_BV.device)
     token_B1 = torch.searchsorted(cumulative_BV, u_B1 * total_B1 * BELOW_ONE, right=True)
+    token_B1.clamp_(max=logits_BV.shape[1] - 1)  # only where logits are no numbers; the log-probability then is none
     if rows.any_greedy:
         token_B1 = torch.where(rows.greedy[:, None], logp_BV.argmax(dim=-1, keepdim=True), token_B1)
         drawn_BV = torch.where(rows.greedy[:, None], logp_BV, drawn_BV) if rows.any_filter else logp_BV

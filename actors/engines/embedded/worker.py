@@ -18,12 +18,16 @@ from actors.engines.embedded.cache import NO_MATCH, Match, Parked, Slots, longes
 from actors.engines.embedded.decoder import Decoder, Piece
 from actors.engines.embedded.parameters import Parameters
 from actors.engines.embedded.sampler import SamplingRows, sample
+from actors.engines.engine import EngineFailure
 from matpo.config import EmbeddedEngine as Settings
+from protocols.records import Tokens
 
 PREFILL_TOKENS = 4096
 """Prompt tokens computed between two decoding steps, so that long prompts do not stall running rows."""
 WORTH_WAITING_TOKENS = 16
 """A prompt that shares so many more tokens with one of the same round waits a step and copies them instead."""
+MOST_FAILURES = 3
+"""Rounds that may fail in a row."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +75,9 @@ class Worker:
         """`post` runs a callback on the event loop."""
         self.mail: SimpleQueue[Mail] = SimpleQueue()
         self.version = -1
-        self.sampled_tokens = 0
+        self.sampled_tokens = self.prompt_tokens = self.cached_tokens = 0
+        self.failure = ""
+        """Why the last round failed; empty after one that did not."""
         self._device = torch.device(settings.device)
         self._architecture = architecture
         self._post = post
@@ -79,7 +85,9 @@ class Worker:
         context, rows = settings.max_context_tokens, settings.max_batch
         dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
         self._slots = Slots(architecture, slots=rows, context=context, device=self._device, dtype=dtype)
-        self._parked = Parked(entries=4 * rows, context=context, budget_tokens=rows * context // 2)
+        self._parked = Parked(entries=4 * rows, context=context, budget_tokens=settings.kept_tokens)
+        self._reuses = settings.kept_tokens > 0
+        self._failures = 0
         self._batch = Batch(rows=rows, context=context)
         self._decoder = Decoder(architecture, self._slots)
         self._waiting: deque[Request] = deque()
@@ -97,13 +105,38 @@ class Worker:
         return len(self._waiting) + self.mail.qsize()
 
     def run(self) -> None:
-        """Serve until `Stop`. Blocks on the mailbox while there is nothing to decode."""
+        """Serve until `Stop`. Blocks on the mailbox while there is nothing to decode.
+
+        A round that fails takes its running requests with it, and the next begins with empty slots. Raises
+        `EngineFailure` after some failures in a row: a device that is lost comes back with a new process only.
+        """
         with torch.inference_mode():
             while self._read_mail():
                 if self._parameters is not None:
-                    self._admit(self._parameters)
-                    if self._batch.count:
-                        self._step(self._parameters)
+                    try:
+                        self._round(self._parameters)
+                    except (RuntimeError, MemoryError, FloatingPointError) as error:  # a full device is a RuntimeError
+                        self._fail(error)
+
+    def _round(self, parameters: Parameters) -> None:
+        self._admit(parameters)
+        if self._batch.count:
+            self._step(parameters)
+            self._failures, self.failure = 0, ""
+
+    def _fail(self, error: Exception) -> None:
+        self._failures += 1
+        self.failure = f"version {self.version} on {self._device}: {str(error).splitlines()[0]}"
+        failed = self._batch.requests
+        self._batch.requests = []
+        self._sampling = None
+        self._parked.clear()
+        self._slots.values.zero_()
+        for request in failed:
+            request.failure = self.failure
+        if self._failures == MOST_FAILURES:
+            raise EngineFailure(f"the embedded engine failed {MOST_FAILURES} times in a row; {self.failure}") from error
+        self._post(lambda: _call_all([request.answered for request in failed]))
 
     def _read_mail(self) -> bool:
         """Handle all mail; wait for some when idle. False at `Stop`."""
@@ -137,39 +170,49 @@ class Worker:
             self._remove(self._batch.requests.index(request))
 
     def _admit(self, parameters: Parameters) -> None:
-        """Start waiting requests while rows are free: copy the known prefix, compute the rest of the prompt."""
+        """Start waiting requests while rows are free: copy the known prefix, compute the rest of the prompt.
+
+        A prompt worth waiting for keeps its place in the queue and its row: nobody overtakes it.
+        """
         batch, before, budget = self._batch, self._batch.count, PREFILL_TOKENS
         pieces: list[Piece] = []
         deferred: list[Request] = []
-        while self._waiting and batch.count < batch.rows and budget > 0:
-            request = self._waiting.popleft()
-            parked = self._parked.find(request.prompt)
-            running = NO_MATCH if parked.whole else self._find_running(request, before)
-            reused = max(parked.length, running.length)
-            if not parked.whole and self._find_fresh(request, before).length > reused + WORTH_WAITING_TOKENS:
-                deferred.append(request)
-                continue
-            row = batch.join(request)
-            if reused and parked.length == reused:
-                self._slots.put(row, self._parked.use(parked), reused)
-            elif reused:
-                self._slots.copy(running.entry, row, reused)
-            pieces.append(Piece(row, reused, request.prompt[reused:-1]))
-            budget -= len(request.prompt) - reused
-        self._waiting.extendleft(reversed(deferred))
+        try:
+            while self._waiting and batch.count + len(deferred) < batch.rows and budget > 0:
+                request = self._waiting.popleft()
+                parked, running, fresh = self._find(request.prompt, before)
+                reused = max(parked.length, running.length)
+                if fresh.length > reused + WORTH_WAITING_TOKENS:
+                    deferred.append(request)
+                    continue
+                row = batch.join(request)
+                if reused and parked.length == reused:
+                    self._slots.put(row, self._parked.use(parked), reused)
+                elif reused:
+                    self._slots.copy(running.entry, row, reused)
+                pieces.append(Piece(row, reused, request.prompt[reused:-1]))
+                budget -= len(request.prompt) - reused
+                self.prompt_tokens += len(request.prompt)
+                self.cached_tokens += reused
+        finally:
+            self._waiting.extendleft(reversed(deferred))
         if pieces:
             self._sampling = None
             self._decoder.extend(parameters, pieces)
 
-    def _find_running(self, request: Request, rows: int) -> Match:
-        """The longest prefix whose keys and values a running row holds (all but those of its last token)."""
-        lengths = np.where(self._batch.pure[:rows], self._batch.length[:rows] - 1, 0)
-        return longest_prefix(self._batch.tokens[:rows], lengths, request.prompt)
-
-    def _find_fresh(self, request: Request, before: int) -> Match:
-        """The longest prefix that a row admitted in this round is about to compute."""
-        rows = slice(before, self._batch.count)
-        return longest_prefix(self._batch.tokens[rows], self._batch.length[rows] - 1, request.prompt)
+    def _find(self, prompt: Tokens, before: int) -> tuple[Match, Match, Match]:
+        """The longest known prefix: parked; held by a row that was running before this round (all but the key and
+        value of its last token); about to be computed by a row admitted in this round."""
+        if not self._reuses:
+            return NO_MATCH, NO_MATCH, NO_MATCH
+        tokens, lengths = self._batch.tokens, self._batch.length - 1
+        held = np.where(self._batch.pure[:before], lengths[:before], 0)
+        fresh = slice(before, self._batch.count)
+        return (
+            self._parked.find(prompt),
+            longest_prefix(tokens[:before], held, prompt),
+            longest_prefix(tokens[fresh], lengths[fresh], prompt),
+        )
 
     def _step(self, parameters: Parameters) -> None:
         """Sample one token for every running row and answer those that are done."""
@@ -182,8 +225,10 @@ class Worker:
         at = batch.length[:rows] - 1
         logits = self._decoder.decode(parameters, batch.last_tokens(), at)
         drawn, logprobs = sample(logits, self._sampling, self._generator)
-        tokens = drawn.to("cpu", torch.int32).numpy()
-        batch.append(tokens, logprobs.cpu().numpy(), version=self.version)
+        tokens, chances = drawn.to("cpu", torch.int32).numpy(), logprobs.cpu().numpy()
+        if not np.isfinite(chances).all():
+            raise FloatingPointError("the model's logits are not all finite numbers")
+        batch.append(tokens, chances, version=self.version)
         self.sampled_tokens += rows
         ended = np.isin(tokens, self._ends)
         finished = np.flatnonzero(ended | (batch.length[:rows] >= batch.limit[:rows]))
@@ -197,7 +242,7 @@ class Worker:
             request = self._batch.requests[row]
             request.result = self._batch.generation(row, stopped=bool(ended[row]))
             answered.append(request.answered)
-            if self._batch.pure[row]:
+            if self._reuses and self._batch.pure[row]:
                 length = int(self._batch.length[row]) - 1
                 self._parked.add(self._batch.tokens[row, :length], self._slots.take(row, length))
             self._remove(row)

@@ -149,6 +149,8 @@ class SglangEngine:
             running=self._running(),
             waiting=self._waiting - self._running(),
             sampled_tokens=sum(server.sampled for server in self.servers),
+            prompt_tokens=sum(server.prompted for server in self.servers),
+            cached_tokens=sum(server.cached for server in self.servers),
         )
 
     def _state(self) -> str:

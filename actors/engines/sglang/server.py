@@ -46,7 +46,7 @@ class Server:
         self.keeper = Keeper(client, launch, restore=self.restore, start_timeout_s=settings.start_timeout_s)
         self.holds: Parcel | None = None
         """The weights it samples with; None: those it was started with, which nobody announced."""
-        self.running = self.sampled = 0
+        self.running = self.sampled = self.prompted = self.cached = 0
         self._facts = facts
         self._settings = settings
         self._handover = handover
@@ -135,6 +135,8 @@ class Server:
                 self.sampled += reply.count - before
         if reply.last.finish is None:
             raise ServerGone("the reply ended before the answer did")
+        self.prompted += len(request.tokens)
+        self.cached += reply.last.cached
 
     async def _push(self, parcel: Parcel) -> float:
         client, began = self.client, time.monotonic()

@@ -46,6 +46,11 @@ def make_model(kind: str, folder: Path, *, seed: int = 0, ends: bool = False) ->
     return model
 
 
+def prompt_of(length: int, *, seed: int = 0) -> Tokens:
+    """Random tokens, none of them END."""
+    return np.random.default_rng(seed).integers(0, END, length).astype(np.int32)
+
+
 def weights_of(model: PreTrainedModel) -> Weights:
     """The parameters as they travel, in float32."""
     return {name: Tensor("float32", p.detach().numpy().copy()) for name, p in model.named_parameters()}

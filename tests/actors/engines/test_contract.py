@@ -21,14 +21,11 @@ from tests.actors.engines.models import (
     hugging_face_logprobs,
     hugging_face_logprobs_after_swap,
     make_model,
+    prompt_of,
     weights_of,
 )
 
 PATIENCE_S = 60.0
-
-
-def prompt_of(length: int, *, seed: int = 0) -> Tokens:
-    return np.random.default_rng(seed).integers(0, END, length).astype(np.int32)
 
 
 async def generate_all(engine: Engine, prompts: list[Tokens], sampling: Sampling) -> list[Generation]:

@@ -11,19 +11,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
 from actors.engines.embedded.architecture import read_architecture, read_end_tokens
 from actors.engines.embedded.cache import NO_MATCH, Match, Parked, longest_prefix
 from actors.engines.embedded.decoder import Piece, groups
 from actors.engines.embedded.engine import EmbeddedEngine
 from actors.engines.embedded.parameters import load_parameters
+from actors.engines.engine import EngineFailure, Generation
 from actors.engines.folder import read_model_weights
 from matpo.config import EmbeddedEngine as Settings
 from matpo.config import Sampling
 from matpo.errors import UserError
 from protocols.records import Tokens
 from protocols.weights import Tensor, Weights, weights_digest
-from tests.actors.engines.models import END, hugging_face_logprobs, make_model, weights_of
+from tests.actors.engines.models import END, hugging_face_logprobs, make_model, prompt_of, weights_of
 
 
 def tokens_of(*values: int) -> Tokens:
@@ -148,18 +150,30 @@ def test_the_weights_of_a_folder_are_those_of_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type.*llama, qwen2, qwen3"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"model_type": "qwen3_moe"}, r"model_type = 'qwen3_moe'.*llama, qwen2 and qwen3"),
+        ({"model_type": "gemma3_text"}, "model_type = 'gemma3_text'"),
+        ({"use_sliding_window": True}, "use_sliding_window = True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "'fp8'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ],
 )
 def test_a_model_that_cannot_be_run_is_refused_by_name(change: dict[str, object], message: str, tmp_path: Path) -> None:
     make_model("qwen3", tmp_path)
     file = tmp_path / "config.json"
     file.write_bytes(orjson.dumps(orjson.loads(file.read_bytes()) | change))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as refusal:
         read_architecture(tmp_path)
+    assert str(refusal.value).endswith('for others set actor.engine.kind = "sglang"')
+
+
+def test_a_context_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
+    make_model("qwen3", tmp_path)
+    assert read_architecture(tmp_path, context=256).max_position_embeddings == 256
+    with pytest.raises(UserError, match=r"max_context_tokens = 257, but .* has only 256 positions"):
+        read_architecture(tmp_path, context=257)
 
 
 def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> None:
@@ -173,6 +187,84 @@ def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> Non
 
 async def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
     make_model("qwen3", tmp_path)
-    with pytest.raises(UserError, match="'nonsense'"):
-        async with EmbeddedEngine.open(tmp_path, Settings(device="nonsense"), seed=0):
+    for device in ("nonsense", "meta"):
+        with pytest.raises(UserError, match=f"'{device}'"):
+            async with EmbeddedEngine.open(tmp_path, Settings(device=device, max_context_tokens=64), seed=0):
+                pass
+
+
+async def test_more_memory_than_there_is_is_refused_naming_the_options(tmp_path: Path) -> None:
+    make_model("qwen3", tmp_path)
+    with pytest.raises(UserError, match=r"max_batch = 10000000000 .*lower one of them"):
+        async with EmbeddedEngine.open(tmp_path, Settings(max_batch=10**10, max_context_tokens=64), seed=0):
             pass
+
+
+async def play_greedily(folder: Path, settings: Settings, model: PreTrainedModel) -> tuple[list[Generation], float]:
+    """Eight episodes of one group, three turns each: all answers, and the share of prompt tokens that was reused."""
+    answers: dict[tuple[int, int], Generation] = {}
+
+    async def play(engine: EmbeddedEngine, seed: int) -> None:
+        tokens = np.concatenate([prompt_of(20), prompt_of(1, seed=seed)])
+        for turn in range(3):
+            answer = await engine.generate(tokens, Sampling(temperature=0, max_tokens=5), deadline_s=60)
+            answers[seed, turn] = answer
+            tokens = np.concatenate([tokens, answer.tokens, prompt_of(7, seed=100 + seed * 3 + turn)])
+
+    async with EmbeddedEngine.open(folder, settings, seed=0) as engine:
+        await engine.load(weights_of(model), version=0)
+        async with anyio.create_task_group() as tasks:
+            for seed in range(8):
+                tasks.start_soon(play, engine, seed)
+        health = await engine.health()
+    assert health.prompt_tokens == 8 * (21 + 33 + 45)
+    return [answers[key] for key in sorted(answers)], health.cached_tokens / health.prompt_tokens
+
+
+async def test_logprobs_with_reused_prefixes_are_those_of_a_fresh_prefill(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path)
+    settings = Settings(max_batch=4, max_context_tokens=96)
+    expected, share = await play_greedily(tmp_path, settings.model_copy(update={"prefix_cache_tokens": 0}), model)
+    assert share == 0
+    shares = []
+    for kept in (None, 90):  # 90 tokens: entries are given up early
+        answers, share = await play_greedily(tmp_path, settings.model_copy(update={"prefix_cache_tokens": kept}), model)
+        for answer, fresh in zip(answers, expected, strict=True):
+            assert answer.tokens.tolist() == fresh.tokens.tolist()
+            np.testing.assert_allclose(answer.logprobs, fresh.logprobs, atol=1e-5, rtol=0)
+        shares.append(share)
+    assert shares[0] > shares[1] > 0.3 and shares[0] > 0.6
+
+
+async def test_a_round_that_fails_costs_its_requests_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    model = make_model("qwen3", tmp_path)
+    good = weights_of(model)
+    spoiled = {name: Tensor("float32", np.full_like(tensor.data, np.nan)) for name, tensor in good.items()}
+    prompt = prompt_of(30)
+    async with EmbeddedEngine.open(tmp_path, Settings(max_batch=2, max_context_tokens=64), seed=0) as engine:
+        await engine.load(spoiled, version=7)
+        for _ in range(2):
+            with pytest.raises(EngineFailure, match=r"version 7 on cpu: .* not all finite"):
+                await engine.generate(prompt, Sampling(max_tokens=4), deadline_s=60)
+        assert (await engine.health()).state == "failed"
+        await engine.load(good, version=8)
+        answer = await engine.generate(prompt, Sampling(max_tokens=4), deadline_s=60)
+        health = await engine.health()
+    assert answer.versions.tolist() == [8] * 4
+    np.testing.assert_allclose(answer.logprobs, hugging_face_logprobs(model, prompt, answer.tokens), atol=1e-4, rtol=0)
+    assert (health.state, health.running, health.waiting) == ("ready", 0, 0)
+
+
+async def test_an_engine_that_fails_three_times_in_a_row_ends(tmp_path: Path) -> None:
+    good = weights_of(make_model("qwen3", tmp_path))
+    spoiled = {name: Tensor("float32", np.full_like(tensor.data, np.nan)) for name, tensor in good.items()}
+    failures = []
+    with pytest.RaisesGroup(pytest.RaisesExc(EngineFailure, match=r"failed 3 times in a row; version 7")):
+        async with EmbeddedEngine.open(tmp_path, Settings(max_context_tokens=64), seed=0) as engine:
+            await engine.load(spoiled, version=7)
+            while True:
+                try:
+                    await engine.generate(prompt_of(3), Sampling(), deadline_s=60)
+                except EngineFailure as error:
+                    failures.append(error)
+    assert len(failures) == 2

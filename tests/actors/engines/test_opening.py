@@ -17,7 +17,7 @@ from tests.actors.engines.models import make_model
 
 async def test_the_engine_of_the_configured_kind_is_opened(tmp_path: Path) -> None:
     make_model("qwen3", tmp_path)
-    async with open_engine(tmp_path, Settings(), seed=0) as engine:
+    async with open_engine(tmp_path, Settings(max_context_tokens=64), seed=0) as engine:
         assert isinstance(engine, EmbeddedEngine)
 
 

@@ -17,12 +17,11 @@ from matpo.config import Sampling
 from matpo.config import SglangEngine as Settings
 from protocols.records import Floats, Tokens
 from tests.actors.engines.conftest import CONTEXT, OpenEngine
-from tests.actors.engines.models import hugging_face_logprobs, make_model, weights_of
+from tests.actors.engines.models import hugging_face_logprobs, make_model, prompt_of, weights_of
 from tests.actors.engines.servers import PYTHON, SharedServer
 from tests.actors.engines.test_contract import (
     check_swap_in_flight,
     generate_all,
-    prompt_of,
     wait_until_sampled,
 )
 
