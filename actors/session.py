@@ -128,12 +128,15 @@ class Session:
         """Send a heartbeat, and ask for work again, every so many seconds."""
         while True:
             await self._client.wait_connected()
+            health = await engine.health()
             message = Heartbeat(
                 leases=tuple(sorted(self._player.leases | self._outbox.leases)),
                 version=engine.version,
                 live_episodes=self._player.live,
                 outbox_trees=len(self._outbox),
-                sampled_tokens=(await engine.health()).sampled_tokens,
+                sampled_tokens=health.sampled_tokens,
+                prompt_tokens=health.prompt_tokens,
+                cached_tokens=health.cached_tokens,
                 waits=self._waits(),
             )
             await self._client.send(message)

@@ -22,14 +22,14 @@ class EmbeddedEngine(Section):
     max_context_tokens: int = Field(default=1024, ge=16)
     """Key/value slots per sequence."""
     prefix_cache_tokens: int | None = Field(default=None, ge=0)
-    """Finished tokens whose keys and values are kept for prompts that begin with them; None: as many as running
+    """Finished tokens whose keys and values are kept for prompts that begin with them; None: half as many as running
     sequences may have; 0: no prompt reuses anything."""
 
     @property
     def kept_tokens(self) -> int:
         """`prefix_cache_tokens`, or what stands for None."""
-        running = self.max_batch * self.max_context_tokens
-        return running if self.prefix_cache_tokens is None else self.prefix_cache_tokens
+        half = self.max_batch * self.max_context_tokens // 2
+        return half if self.prefix_cache_tokens is None else self.prefix_cache_tokens
 
 
 class SglangEngine(Section):

@@ -94,6 +94,10 @@ class Heartbeat(Record):
     outbox_trees: Count
     sampled_tokens: Count
     """Since the actor started."""
+    prompt_tokens: Count = 0
+    """Given to the engine since it started; 0 where it does not count them."""
+    cached_tokens: Count = 0
+    """How many of those the engine still had keys and values of."""
     waits: tuple[Wait, ...] = ()
 
 

@@ -24,6 +24,8 @@ class KnownActor:
     live_episodes: int = 0
     outbox_trees: int = 0
     sampled_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
     waits: tuple[Wait, ...] = ()
 
 
@@ -46,6 +48,7 @@ class Roster:
         lost = actor.unconfirmed - set(message.leases)
         actor.unconfirmed = set()
         actor.sampled_tokens = message.sampled_tokens
+        actor.prompt_tokens, actor.cached_tokens = message.prompt_tokens, message.cached_tokens
         actor.version = message.version
         actor.live_episodes = message.live_episodes
         actor.outbox_trees = message.outbox_trees
@@ -65,6 +68,13 @@ class Roster:
     def everyone(self) -> list[KnownActor]:
         """All actors that have not said goodbye, by name."""
         return sorted(self._actors.values(), key=lambda actor: actor.actor_id)
+
+    @property
+    def prefix_hit_rate(self) -> float | None:
+        """Share of the actors' prompt tokens, since they started, that their engines did not compute again."""
+        prompted = sum(actor.prompt_tokens for actor in self._actors.values())
+        cached = sum(actor.cached_tokens for actor in self._actors.values())
+        return round(cached / prompted, 4) if prompted else None
 
     def live(self, now_s: float) -> list[KnownActor]:
         """Those heard of lately."""

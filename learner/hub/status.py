@@ -48,6 +48,8 @@ class HubStatus(Record):
     """Episodes missing in it."""
     episodes_per_s: float
     sampled_tokens_per_s: float
+    prefix_hit_rate: float | None
+    """Share of all prompt tokens whose keys and values the engines still had."""
     reward_mean: float | None
     """Of the trees in the last two batches."""
     staleness_mean: float | None
@@ -116,6 +118,7 @@ class StatusReporter:
             evaluation_left=left,
             episodes_per_s=round(episodes_per_s, 3),
             sampled_tokens_per_s=round(tokens_per_s, 3),
+            prefix_hit_rate=hub.roster.prefix_hit_rate,
             reward_mean=None if reward is None else round(real(reward), 6),
             staleness_mean=None if staleness is None else round(real(staleness), 6),
             staleness_max=worst if isinstance(worst, int) else None,
