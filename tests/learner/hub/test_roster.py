@@ -10,9 +10,7 @@ def test_the_prefix_hit_rate_is_that_of_all_prompt_tokens_together() -> None:
     roster = Roster(silence_limit_s=10)
     assert roster.prefix_hit_rate is None
     for name, prompted, cached in ((b"a", 300, 30), (b"b", 100, 70)):
-        hello = Hello(
-            protocol=PROTOCOL, actor_id=name.decode(), tokenizer_digest="t", config_digest="c", capacity=1
-        )
+        hello = Hello(protocol=PROTOCOL, actor_id=name.decode(), tokenizer_digest="t", config_digest="c", capacity=1)
         roster.hello(name, hello, set(), now_s=0.0)
         actor = roster.at(name)
         assert actor is not None
