@@ -311,6 +311,12 @@ class Config(Section):
         unknown = sorted(set(self.learner.role_factors) - set(self.episode.roles))
         if unknown:
             raise ValueError(f"learner.role_factors names {unknown}, not among {sorted(self.episode.roles)}")
+        engine = self.actor.engine
+        if self.actor.count > 1 and isinstance(engine, SglangEngine) and engine.exclusive:
+            raise ValueError(
+                f"actor.count = {self.actor.count}, and all of them would use the same servers or GPUs; set it to 1 and"
+                " give that actor several servers"
+            )
         return self
 
     @property

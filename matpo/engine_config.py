@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from matpo.section import Section
+
+STARTING: Final = frozenset({"servers", "gpus", "python", "threads", "memory_fraction", "arguments", "max_batch"})
+"""Options of servers that the actor starts."""
 
 
 class EmbeddedEngine(Section):
@@ -33,11 +36,18 @@ class EmbeddedEngine(Section):
 
 
 class SglangEngine(Section):
-    """A SGLang server: started by the actor and restarted when it dies, or somebody else's at `url`."""
+    """SGLang servers: started by the actor and restarted when they die, or somebody else's, which serve it alone."""
 
     kind: Literal["sglang"] = "sglang"
-    url: str | None = None
-    """http://HOST:PORT of a running server; it must see `scratch` under the same path. None: the actor starts one."""
+    servers: int = Field(default=1, ge=1)
+    """How many the actor starts."""
+    gpus: tuple[tuple[int, ...], ...] = ()
+    """For each of them the GPUs it gets, `tensor_parallel` in number, as positions in CUDA_VISIBLE_DEVICES where that
+    is set; empty: the first ones in order."""
+    urls: tuple[str, ...] = ()
+    """http://HOST:PORT of running servers; they must see `scratch` under the same path. Then the actor starts none."""
+    router: str | None = None
+    """http://HOST:PORT of a running smg or sglang-router in front of such servers; they come and go with it."""
     python: str = "python3"
     """Interpreter of the environment SGLang is installed in; `make sglang-cpu` makes .venv-sglang/bin/python."""
     device: Literal["cuda", "cpu"] = "cuda"
@@ -63,6 +73,45 @@ class SglangEngine(Section):
     scratch: Path | None = None
     """Where weights are handed to the server; None: /dev/shm, or the system's temporary folder."""
     start_timeout_s: float = Field(default=600.0, gt=0)
+
+    @model_validator(mode="after")
+    def _one_kind_of_server(self) -> Self:
+        addresses = (*self.urls, *([] if self.router is None else [self.router]))
+        for url in addresses:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"actor.engine: {url!r} is no http://HOST:PORT")
+        if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
+            raise ValueError("actor.engine.urls names a server twice")
+        if self.urls and self.router is not None:
+            raise ValueError("actor.engine.urls and actor.engine.router exclude each other: a router knows its servers")
+        if addresses:
+            given = self.model_dump(include=set(STARTING))
+            idle = sorted(name for name, value in given.items() if value != type(self).model_fields[name].default)
+            if idle:
+                raise ValueError(f"actor.engine: {idle} have no effect on servers that somebody else starts")
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_fit(self) -> Self:
+        if not self.gpus:
+            return self
+        if self.device == "cpu":
+            raise ValueError("actor.engine.gpus has no effect with device cpu")
+        sizes = [len(group) for group in self.gpus]
+        if sizes != [self.tensor_parallel] * self.servers:
+            raise ValueError(
+                f"actor.engine.gpus has groups of {sizes} GPUs, but there are {self.servers} servers of"
+                f" {self.tensor_parallel} each"
+            )
+        every = [gpu for group in self.gpus for gpu in group]
+        if len(set(every)) < len(every) or min(every) < 0:
+            raise ValueError(f"actor.engine.gpus names a GPU twice, or one below 0: {every}")
+        return self
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether another actor with these settings would get in the way."""
+        return bool(self.urls) or self.router is not None or self.device == "cuda"
 
     @property
     def attested(self) -> bool:

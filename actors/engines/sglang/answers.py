@@ -24,6 +24,10 @@ class BadAnswer(Exception):
     """A reply is not what the interface promises; the message says where."""
 
 
+class UnknownWeights(BadAnswer):
+    """Tokens were sampled with weights nobody announced: the server was restarted behind our back."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
     """One reply, or one event of a streamed reply."""
@@ -90,14 +94,19 @@ def versions_of(answer: Answer, count: int, *, before: int, after: int) -> Token
     """The version that sampled each of a request's first `count` tokens [count].
 
     `before` and `after` are the versions in use when the request was sent and when it was answered; where they are
-    equal a server without spans is good enough. Raises `BadAnswer` where the spans leave a token out.
+    equal a server without spans is good enough. Raises `BadAnswer` where the spans leave a token out, `UnknownWeights`
+    where they name weights without a version.
     """
     if answer.spans is None:
+        if UNVERSIONED in (before, after):
+            raise UnknownWeights("the server sampled tokens with weights nobody announced")
         if before != after:
             raise BadAnswer("this server does not say which weights sampled which token; use actor.engine.swap = abort")
         return np.full(count, after, dtype=np.int32)
     versions: NDArray[np.int32] = np.full(count, UNVERSIONED, dtype=np.int32)
     for version, first, end in answer.spans:
+        if version == UNVERSIONED:
+            raise UnknownWeights(f"the server sampled tokens {first} to {end} with weights nobody announced")
         versions[first:end] = version
     if count and versions.min() == UNVERSIONED:
         raise BadAnswer(f"the server's version spans {answer.spans} do not cover {count} tokens")

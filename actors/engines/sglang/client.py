@@ -22,6 +22,8 @@ EVENT: Final = b"data: "
 END_OF_STREAM: Final = b"[DONE]"
 LARGEST_EVENT_BYTES: Final = 16 * 2**20
 ABORT_TIMEOUT_S: Final = 2.0
+ROUTING_KEY: Final = "X-SMG-Routing-Key"
+"""Honoured by smg and sglang-router, with their policies `consistent_hashing` and `manual` or `--sticky-sessions`."""
 
 
 class ServerGone(Exception):
@@ -66,6 +68,24 @@ class _Loads(BaseModel):
     loads: list[_Load]
 
 
+class _Interface(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    paths: dict[str, object]
+
+
+class _Worker(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    url: str
+
+
+class _Workers(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    workers: list[_Worker]
+
+
 class ModelInfo(BaseModel):
     """What the server says of the model it serves."""
 
@@ -88,6 +108,8 @@ class Request:
     cache_key: str
     """Keys and values are shared only between requests with the same key."""
     stream_tokens: int
+    routing_key: str = ""
+    """A router sends requests of one key to one server; plain letters and digits. Empty: as it likes."""
 
     @property
     def filtered(self) -> bool:
@@ -149,15 +171,16 @@ class SglangClient:
 
     async def generate(self, request: Request) -> AsyncGenerator[bytes, None]:
         """The JSON of the reply, or of each event of a streamed one."""
+        header = f"{ROUTING_KEY}: {request.routing_key}\r\n" if request.routing_key else ""
         try:
             if not request.stream_tokens:
-                yield await self._http.fetch("POST", "/generate", request.body())
+                yield await self._http.fetch("POST", "/generate", request.body(), header)
                 return
-            async with aclosing(self._http.stream("/generate", request.body())) as parts:
+            async with aclosing(self._http.stream("/generate", request.body(), header)) as parts:
                 async for event in _events(parts):
                     yield event
         except Refused as error:
-            raise ServerRefused(_explain(error.content, error.status)) from error
+            raise _refusal(error) from error
         except Broken as error:
             raise ServerGone(f"{self.url}: {error}") from error
 
@@ -200,6 +223,16 @@ class SglangClient:
         """Which model is served."""
         return _parse(ModelInfo, await self._call("GET", "/model_info", deadline_s=deadline_s))
 
+    async def paths(self, *, deadline_s: float) -> frozenset[str]:
+        """What may be called."""
+        content = await self._call("GET", "/openapi.json", deadline_s=deadline_s)
+        return frozenset(_parse(_Interface, content).paths)
+
+    async def workers(self, *, deadline_s: float) -> frozenset[str]:
+        """URLs of the servers behind a router."""
+        content = await self._call("GET", "/workers", deadline_s=deadline_s)
+        return frozenset(worker.url.rstrip("/") for worker in _parse(_Workers, content).workers)
+
     async def loads(self, *, deadline_s: float) -> tuple[int, int]:
         """(running, waiting) requests, as the scheduler reports them."""
         loads = _parse(_Loads, await self._call("GET", "/v1/loads", deadline_s=deadline_s)).loads
@@ -223,7 +256,7 @@ class SglangClient:
         except TimeoutError:
             raise ServerGone(f"{self.url}{path} did not answer within {deadline_s:g} s") from None
         except Refused as error:
-            raise ServerRefused(_explain(error.content, error.status)) from error
+            raise _refusal(error) from error
         except Broken as error:
             raise ServerGone(f"{self.url}{path}: {error}") from error
 
@@ -265,6 +298,12 @@ class _Problems(BaseModel):
 
     error: _Problem | None = None
     message: str | None = None
+
+
+def _refusal(refused: Refused) -> ServerGone | ServerRefused:
+    """What to raise: an answer of the 500s says nothing of the request, but that the server is in no state for it."""
+    text = _explain(refused.content, refused.status)
+    return ServerGone(text) if refused.status >= 500 else ServerRefused(text)
 
 
 def _explain(content: bytes, status: int) -> str:

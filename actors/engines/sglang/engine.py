@@ -8,89 +8,67 @@ resubmits them from their tokens. Every token keeps the version and the log-prob
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 import anyio
-import anyio.abc
 
 from actors.engines.engine import EngineFailure, EngineHealth, Generation, LoadReport
-from actors.engines.sglang.client import ServerGone, ServerRefused, SglangClient
+from actors.engines.sglang.fleet import Fleet
 from actors.engines.sglang.handover import DiskHandover, Handover, Parcel
-from actors.engines.sglang.keeper import Launch, ServerDied
-from actors.engines.sglang.launch import check_context, free_port, last_words, launched
+from actors.engines.sglang.launch import check_context
+from actors.engines.sglang.members import Members
 from actors.engines.sglang.model import ModelFacts, read_facts
 from actors.engines.sglang.progress import Progress
-from actors.engines.sglang.server import SWAP_DEADLINE_S, Server
 from matpo.config import Sampling
 from matpo.config import SglangEngine as Settings
-from matpo.errors import UserError
 from protocols.records import Tokens
 from protocols.weights import Weights
 
+MOST_BREAKS: Final = 5
+"""Of one call's requests: one that breaks every server it meets must not bring down all of them."""
+
 
 class SglangEngine:
-    """Implements `actors.engines.engine.Engine`: checks requests, picks servers, hands all of them new weights."""
+    """Implements `actors.engines.engine.Engine`: checks requests, and has the fleet sample them and take weights."""
 
     def __init__(self, facts: ModelFacts, settings: Settings, handover: Handover) -> None:
-        self.servers: Sequence[Server] = ()
+        self.fleet = Fleet()
         self._facts = facts
         self._settings = settings
         self._handover = handover
         self._newest: Parcel | None = None
         self._version = -1
         self._digests: dict[int, str] = {}
-        self._loaded = anyio.Event()
         self._loading = anyio.Lock()
         self._waiting = 0
 
     @classmethod
     @asynccontextmanager
     async def open(cls, folder: Path, settings: Settings, *, seed: int, log: Path | None = None) -> AsyncIterator[Self]:
-        """Start a server on the model of `folder`, or find the one at `url`; weights come with the first `load`.
+        """Start servers on the model of `folder`, or find those at `urls` or behind `router`; weights come with the
+        first `load`.
 
-        `log` receives what the server prints (default: a file in the system's temporary folder). Raises `UserError`
-        for a model or a server that cannot be used.
+        What server i prints goes to `log` with "-i" before its suffix (default: in the system's temporary folder).
+        Raises `UserError` for a model or a server that cannot be used.
         """
         facts = read_facts(folder)
         check_context(folder, settings)
-        output = log or Path(tempfile.gettempdir()) / f"matpo-sglang-{os.getpid()}.log"
-        async with AsyncExitStack() as stack:
-            handover = await stack.enter_async_context(DiskHandover.open(settings, facts))
+        async with DiskHandover.open(settings, facts) as handover:
             engine = cls(facts, settings, handover)
-            client = await stack.enter_async_context(SglangClient.open(settings.url or ""))
-            launch = None if settings.url else _launcher(client, folder, settings, seed=seed, log=output)
-            server = Server(
-                "0",
-                client,
-                facts=facts,
-                settings=settings,
-                handover=handover,
-                launch=launch,
-                newest=lambda: engine._newest,
+            members = Members(
+                engine.fleet, facts, settings, handover=handover, newest=lambda: engine._newest, seed=seed, log=log
             )
-            engine.servers = (server,)
-            unusable: UserError | None = None
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(server.keeper.run, name="sglang server")
-                try:
-                    await server.keeper.wait_started()
-                except ServerDied as error:
-                    unusable = _unusable(settings, output, reason=str(error))
-                else:
-                    yield engine
-                tasks.cancel_scope.cancel()
-            if unusable is not None:
-                raise unusable
+            async with members.present():
+                yield engine
 
     @property
     def version(self) -> int:
-        """Version of the weights in use; -1 before the first `load`."""
-        return self._version
+        """The lowest version among usable servers; -1 before the first `load`."""
+        held = [server.version for server in self.fleet.usable]
+        return min(held) if held else self._version
 
     @property
     def digests(self) -> Mapping[int, str]:
@@ -100,30 +78,32 @@ class SglangEngine:
     async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:
         """Sample a continuation; see `Engine.generate`. Also raises `ValueError` for a prompt that fills the context.
 
-        A server that dies in between is waited for, and sampling goes on from the tokens that had arrived.
+        When a server dies or freezes in between, sampling goes on from the tokens that had arrived: on another one at
+        once, or on the same one when it is back. `group` goes to one server as far as load allows.
         """
         self._check(tokens)
         progress = Progress(tokens)
         self._waiting += 1
         try:
             with anyio.move_on_after(deadline_s):
-                while True:
-                    server = await self._server()
-                    stop = await server.attempt(progress, sampling)
+                while progress.breaks < MOST_BREAKS:
+                    place = await self.fleet.pick(group)
+                    stop = await place.attempt(progress, sampling, group=group)
                     if stop is not None:
                         return progress.generation(stop)
+                raise EngineFailure(f"{progress.breaks} sglang servers in a row broke a request: {progress.trouble}")
         finally:
             self._waiting -= 1
         raise EngineFailure(
-            f"no answer of the sglang engine within {deadline_s:g} s ({self._state()}; {self._running()} running,"
-            f" {self._waiting} waiting); lower actor.concurrency or raise actor.generate_timeout_s"
+            f"no answer of the sglang engine within {deadline_s:g} s ({self.fleet.description}; {self.fleet.running}"
+            f" running, {self._waiting} waiting); lower actor.concurrency or raise actor.generate_timeout_s"
         )
 
     async def load(self, weights: Weights, *, version: int, file: Path | None = None) -> LoadReport:
-        """Hand the weights over, pause, load, compare checksums, resume; to all servers at the same time.
+        """Hand the weights over, pause, load, compare checksums, resume; all servers at the same time.
 
         Raises `ValueError` when the tensors do not fit the model; the old weights then stay. Raises `EngineFailure`
-        when no server takes them.
+        when no server takes them. Those that do not are brought up to date before they are used again.
         """
         self._facts.check(weights)
         async with self._loading:
@@ -133,35 +113,25 @@ class SglangEngine:
                 raise EngineFailure(f"version {version} could not be handed over: {error}") from error
             before, self._newest = self._newest, parcel
             self._digests[version] = parcel.digest
-            pause_s = await self._deliver(parcel)
+            pause_s = await self.fleet.deliver(parcel)
             self._handover.keep_only(*(p for p in (parcel, before) if p is not None))
             self._version = version
-            self._loaded.set()
         return LoadReport(version=version, digest=parcel.digest, pause_s=pause_s)
 
     async def health(self) -> EngineHealth:
-        """Requests under way as this engine counts them, and the servers' state as last seen."""
-        states = [server.keeper.state for server in self.servers]
-        state = "ready" if any(server.usable for server in self.servers) else states[0]
+        """Requests under way as this engine counts them, and each server's state as last seen."""
+        states = {server.keeper.state for server in self.fleet.servers.values()}
+        ready, failed = bool(self.fleet.usable), states <= {"failed", "silent"}
+        running = self.fleet.running
         return EngineHealth(
-            state="starting" if state == "ready" and self._version < 0 else state,
-            detail=self._state(),
-            running=self._running(),
-            waiting=self._waiting - self._running(),
-            sampled_tokens=sum(server.sampled for server in self.servers),
-            prompt_tokens=sum(server.prompted for server in self.servers),
-            cached_tokens=sum(server.cached for server in self.servers),
+            state="ready" if ready else "failed" if failed else "starting",
+            detail=self.fleet.description,
+            running=running,
+            waiting=self._waiting - running,
+            sampled_tokens=self.fleet.counts.sampled,
+            prompt_tokens=self.fleet.counts.prompted,
+            cached_tokens=self.fleet.counts.cached,
         )
-
-    def _state(self) -> str:
-        return "; ".join(
-            f"server {s.name} at {s.client.url}, version {-1 if s.holds is None else s.holds.version}:"
-            f" {s.keeper.state}, {s.keeper.detail}"
-            for s in self.servers
-        )
-
-    def _running(self) -> int:
-        return sum(server.running for server in self.servers)
 
     def _check(self, tokens: Tokens) -> None:
         if not len(tokens):
@@ -174,52 +144,3 @@ class SglangEngine:
                 f"the prompt has {len(tokens)} tokens, the engine's context {self._settings.max_context_tokens}:"
                 " nothing could be sampled; raise actor.engine.max_context_tokens or lower the roles' limits"
             )
-
-    async def _server(self) -> Server:
-        """One that may be used; waits for it."""
-        await self._loaded.wait()
-        server = self.servers[0]
-        await server.keeper.wait_ready()
-        return server
-
-    async def _deliver(self, parcel: Parcel) -> float:
-        """Give the weights to every server that is up; the others get them from their keepers before they are used.
-
-        Returns the longest pause in seconds. Raises `EngineFailure` when none took them.
-        """
-        with anyio.move_on_after(SWAP_DEADLINE_S) as waiting:
-            await self.servers[0].keeper.wait_ready()
-        if waiting.cancelled_caught:
-            raise EngineFailure(f"no sglang server was ready for weights: {self._state()}")
-        pauses: list[float] = []
-        refusals: list[str] = []
-
-        async def give(server: Server) -> None:
-            try:
-                pauses.append(await server.take(parcel))
-            except (ServerGone, ServerRefused) as error:
-                refusals.append(str(error))
-
-        async with anyio.create_task_group() as tasks:
-            for server in self.servers:
-                tasks.start_soon(give, server)
-        if not pauses:
-            raise EngineFailure(f"no sglang server took version {parcel.version}: {'; '.join(refusals)}")
-        return max(pauses)
-
-
-def _unusable(settings: Settings, output: Path, *, reason: str) -> UserError:
-    if settings.url:
-        return UserError(f"actor.engine.url {settings.url!r}: {reason}; start the server first")
-    return UserError(f"sglang did not start: {reason}: {last_words(output)} (its log is {output})")
-
-
-def _launcher(client: SglangClient, folder: Path, settings: Settings, *, seed: int, log: Path) -> Launch:
-    """Starts servers, each on a free port, each sampling other random numbers."""
-
-    def launch(attempt: int) -> AbstractAsyncContextManager[anyio.abc.Process]:
-        port = free_port()
-        client.url = f"http://127.0.0.1:{port}"
-        return launched(folder, settings, port=port, seed=seed + attempt, log=log)
-
-    return launch

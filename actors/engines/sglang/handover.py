@@ -8,9 +8,10 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol, Self
 
@@ -39,6 +40,8 @@ class Parcel:
     """What a server must report after loading; None: it is not asked."""
     folder: Path
     """A Hugging Face model folder with these weights."""
+    cache_key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Requests that are sampled with these weights share keys and values with no others."""
 
 
 class Handover(Protocol):

@@ -278,20 +278,20 @@ class HttpClient:
             connection.close("not needed any more")
         self._idle.clear()
 
-    async def fetch(self, method: Method, path: str, body: bytes = b"") -> bytes:
-        """The whole body of a reply. Raises `Broken` or `Refused`."""
+    async def fetch(self, method: Method, path: str, body: bytes = b"", header: str = "") -> bytes:
+        """The whole body of a reply. `header`: more lines of a POST's head. Raises `Broken` or `Refused`."""
         connection = await self._acquire()
         try:
-            reply = connection.send(self._request(method, path, body))
+            reply = connection.send(self._request(method, path, body, header))
             return await self._whole(connection, reply)
         finally:
             self._release(connection)
 
-    async def stream(self, path: str, body: bytes) -> AsyncGenerator[bytes, None]:
+    async def stream(self, path: str, body: bytes, header: str = "") -> AsyncGenerator[bytes, None]:
         """The body of a reply to a POST in the pieces it arrives in. Raises `Broken` or `Refused`."""
         connection = await self._acquire()
         try:
-            reply = connection.send(self._request("POST", path, body))
+            reply = connection.send(self._request("POST", path, body, header))
             while not reply.status:
                 await connection.receive()
             if reply.status != 200:
@@ -314,11 +314,11 @@ class HttpClient:
             raise Refused(reply.status, content)
         return content
 
-    def _request(self, method: Method, path: str, body: bytes) -> bytes:
+    def _request(self, method: Method, path: str, body: bytes, header: str) -> bytes:
         start, rest = self._heads[method]
         if method == "GET":
             return f"{start}{path}{rest}".encode()
-        return f"{start}{path}{rest}{len(body)}\r\n\r\n".encode() + body
+        return f"{start}{path}{rest}{len(body)}\r\n{header}\r\n".encode() + body
 
     async def _acquire(self) -> Connection:
         """The connection used last, or a new one."""

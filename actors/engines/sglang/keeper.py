@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import anyio
 import anyio.abc
@@ -16,97 +16,93 @@ from actors.engines.sglang.client import ServerGone, ServerRefused, SglangClient
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 Launch = Callable[[int], AbstractAsyncContextManager[anyio.abc.Process]]
-
-
-class Restore(Protocol):
-    """Gives a server the newest weights, unless it has them; a `fresh` one was just started and has none of ours."""
-
-    async def __call__(self, *, fresh: bool) -> None: ...
-
+State = Literal["starting", "ready", "suspected", "silent", "failed"]
+"""`suspected`: a request broke, and the server is being asked how it is; `silent`: it does not answer."""
 
 PULSE_S = 5.0
-PULSE_DEADLINE_S = 30.0
-"""The server itself gives its scheduler 20 s to answer a health request."""
-MISSED_PULSES = 2
-"""In a row: a crowded machine may miss one."""
+DOUBT_S = 10.0
+"""Without an answer for so long a server is not used. (It answers when its scheduler's next result comes.)"""
+LOST_S = 60.0
+"""Without an answer for so long it is given up: killed and started again, if it is ours."""
+LOOK_AGAIN_S = 0.25
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-STARTING_LOOK_S = 0.25
+STEADY_S: Final = 300.0
+"""A server that lived so long starts its pauses afresh."""
 
 
 class ServerDied(Exception):
     """The server ended or fell silent; the message says how."""
 
+    def __init__(self, reason: str, *, server: str = "") -> None:
+        super().__init__(reason)
+        self.server = server
+
+
+class BringUp(Protocol):
+    """Gives a healthy server what it lacks before it is used; a `fresh` one may be another than before."""
+
+    async def __call__(self, *, fresh: bool) -> None: ...
+
 
 class Keeper:
-    """`run` in a task; everybody else waits for `wait_ready` and reports trouble with `suspect`."""
+    """`run` in a task. `state` says whether the server may be used; report trouble with `suspect` or `condemn`."""
 
     def __init__(
         self,
         client: SglangClient,
         launch: Launch | None,
         *,
-        restore: Restore,
+        bring_up: BringUp,
+        changed: Callable[[], None],
         start_timeout_s: float,
     ) -> None:
-        """`launch(attempt)` starts the server; None: it is somebody else's."""
-        self.state: Literal["ready", "starting", "failed"] = "starting"
+        """`launch(attempt)` starts the server; None: it is somebody else's. `changed` is called when `state` is new."""
+        self.state: State = "starting"
         self.detail = "starting"
         self.starts = 0
         self.busy = False
         """While weights are swapped the server may be silent."""
         self._client = client
         self._launch = launch
-        self._restore = restore
+        self._bring_up = bring_up
+        self._changed = changed
         self._start_timeout_s = start_timeout_s
-        self._changed = anyio.Event()
         self._suspected = anyio.Event()
         self._condemned: str | None = None
-
-    async def wait_ready(self) -> None:
-        """Return once requests may be sent."""
-        while self.state != "ready":
-            await self._changed.wait()
-
-    async def wait_started(self) -> None:
-        """Return once the first start has succeeded. Raises `ServerDied` when it failed."""
-        while self.state == "starting":
-            await self._changed.wait()
-        if self.state == "failed":
-            raise ServerDied(self.detail)
 
     def suspect(self, reason: str) -> None:
         """A request failed: hold the others back until the server has been looked at."""
         if self.state == "ready":
-            self._become("starting", reason)
+            self._become("suspected", reason)
         self._suspected.set()
 
     def condemn(self, reason: str) -> None:
-        """The server is not to be used as it is: start a new one, or give somebody else's its weights again."""
+        """The server is not to be used as it is: start a new one, or bring up somebody else's anew."""
         self._condemned = reason
-        self.suspect(reason)
+        self._become("failed", reason)
+        self._suspected.set()
 
     async def run(self) -> None:
         """Keep the server up until cancelled."""
         failures = 0
         while True:
-            began = time.monotonic()
+            began, self._condemned = time.monotonic(), None
             try:
                 async with self._server() as process:
                     await self._wait_healthy(process)
-                    await self._restore(fresh=True)
+                    await self._bring_up(fresh=True)
                     self._become("ready", "ready")
                     await self._watch(process)
             except (ServerDied, ServerGone, ServerRefused) as error:
                 self._become("failed", str(error))
-            failures = 0 if time.monotonic() - began > 10 * LONGEST_PAUSE_S else failures + 1
-            pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (failures - 1)) if failures else FIRST_PAUSE_S
+            failures = 0 if time.monotonic() - began > STEADY_S else failures + 1
+            pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** max(0, failures - 1))
             log.warning("server lost", url=self._client.url, reason=self.detail, again_in_s=pause_s)
             await anyio.sleep(pause_s)
 
-    def _become(self, state: Literal["ready", "starting", "failed"], detail: str) -> None:
+    def _become(self, state: State, detail: str) -> None:
         self.state, self.detail = state, detail
-        self._changed.set()
-        self._changed = anyio.Event()
+        self._changed()
 
     @asynccontextmanager
     async def _server(self) -> AsyncIterator[anyio.abc.Process | None]:
@@ -119,16 +115,16 @@ class Keeper:
 
     async def _wait_healthy(self, process: anyio.abc.Process | None) -> None:
         with anyio.move_on_after(self._start_timeout_s):
-            while not await self._client.healthy(deadline_s=PULSE_DEADLINE_S):
+            while not await self._client.healthy(deadline_s=DOUBT_S):
                 if process is not None and process.returncode is not None:
                     raise ServerDied(f"server ended with status {process.returncode} before it was ready")
-                await anyio.sleep(STARTING_LOOK_S)
+                await anyio.sleep(LOOK_AGAIN_S)
             return
         raise ServerDied(f"server at {self._client.url} not healthy within {self._start_timeout_s:g} s")
 
     async def _watch(self, process: anyio.abc.Process | None) -> None:
         """Until the server is lost; raises `ServerDied`."""
-        reason, self._condemned = "lost", None
+        reason = "lost"
         async with anyio.create_task_group() as tasks:
 
             async def exits(running: anyio.abc.Process) -> None:
@@ -136,26 +132,43 @@ class Keeper:
                 reason = f"server ended with status {await running.wait()}"
                 tasks.cancel_scope.cancel()
 
-            async def falls_silent() -> None:
+            async def fades() -> None:
                 nonlocal reason
-                missed = 0
-                while self._condemned is None and missed < MISSED_PULSES:
-                    missed = 0 if self.busy or await self._pulse() else missed + 1
-                    if not missed:
-                        with anyio.move_on_after(PULSE_S):
-                            await self._suspected.wait()
-                reason = self._condemned or f"server at {self._client.url} is not healthy"
+                reason = await self._wait_lost()
                 tasks.cancel_scope.cancel()
 
             if process is not None:
                 tasks.start_soon(exits, process, name="server process")
-            tasks.start_soon(falls_silent, name="server health")
+            tasks.start_soon(fades, name="server health")
         raise ServerDied(reason)
 
-    async def _pulse(self) -> bool:
-        self._suspected = anyio.Event()
-        alive = await self._client.healthy(deadline_s=PULSE_DEADLINE_S)
-        if alive and self.state == "starting" and self._condemned is None:
-            await self._restore(fresh=False)
+    async def _wait_lost(self) -> str:
+        """Ask the server how it is, now and then, until it is lost; returns why."""
+        answered_at = time.monotonic()
+        while self._condemned is None:
+            self._suspected = anyio.Event()
+            if await self._answers():
+                answered_at = time.monotonic()
+                try:
+                    await self._trust()
+                except (ServerGone, ServerRefused) as error:
+                    return str(error)
+                with anyio.move_on_after(PULSE_S):
+                    await self._suspected.wait()
+                continue
+            silent_s = time.monotonic() - answered_at
+            if silent_s >= LOST_S:
+                return f"server at {self._client.url} did not answer for {silent_s:.0f} s"
+            self._become("silent", f"no answer for {silent_s:.0f} s")
+            await anyio.sleep(LOOK_AGAIN_S)
+        return self._condemned
+
+    async def _answers(self) -> bool:
+        return self.busy or await self._client.healthy(deadline_s=DOUBT_S) or self.busy
+
+    async def _trust(self) -> None:
+        """Use a server again that answered."""
+        if self.state in ("suspected", "silent"):
+            await self._bring_up(fresh=False)
+        if self.state in ("suspected", "silent") and self._condemned is None:
             self._become("ready", "ready")
-        return alive or self.busy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -67,7 +67,29 @@ def command(folder: Path, settings: Settings, *, port: int, seed: int) -> list[s
     return [settings.python, "-m", "sglang.launch_server", *(str(option) for option in options), *settings.arguments]
 
 
-def environment(settings: Settings) -> dict[str, str]:
+def gpu_groups(settings: Settings, visible: str | None) -> Sequence[str | None]:
+    """For each server we start, the GPUs it may use; None: whatever there is.
+
+    `visible`: CUDA_VISIBLE_DEVICES of this process; `actor.engine.gpus` counts what is listed there. Raises
+    `UserError` where that is too little.
+    """
+    if settings.device == "cpu":
+        return [None] * settings.servers
+    ranks = settings.tensor_parallel
+    groups = settings.gpus or tuple(tuple(range(i * ranks, (i + 1) * ranks)) for i in range(settings.servers))
+    if visible is None:
+        return [",".join(map(str, group)) for group in groups]
+    names = [name for name in visible.split(",") if name]
+    most = max(max(group) for group in groups)
+    if most >= len(names):
+        raise UserError(
+            f"actor.engine needs GPU {most} for {settings.servers} servers of {ranks} ranks, but CUDA_VISIBLE_DEVICES ="
+            f" {visible!r} lists {len(names)}; lower actor.engine.servers or change actor.engine.gpus"
+        )
+    return [",".join(names[gpu] for gpu in group) for group in groups]
+
+
+def environment(settings: Settings, *, gpus: str | None = None) -> dict[str, str]:
     """What the server sees of ours, and what it needs besides."""
     extra = {
         "OMP_NUM_THREADS": str(settings.threads),
@@ -77,12 +99,14 @@ def environment(settings: Settings) -> dict[str, str]:
     }
     if settings.device == "cpu":
         extra["SGLANG_USE_CPU_ENGINE"] = "1"
+    if gpus is not None:
+        extra["CUDA_VISIBLE_DEVICES"] = gpus
     return {**os.environ, **extra}
 
 
 @asynccontextmanager
 async def launched(
-    folder: Path, settings: Settings, *, port: int, seed: int, log: Path
+    folder: Path, settings: Settings, *, port: int, seed: int, gpus: str | None, log: Path
 ) -> AsyncIterator[anyio.abc.Process]:
     """A server process, ended with all its children when the block ends or this process dies."""
     leash = [sys.executable, "-m", "actors.engines.sglang.leash"]
@@ -91,7 +115,7 @@ async def launched(
             [*leash, *command(folder, settings, port=port, seed=seed)],
             stdout=output,
             stderr=output,
-            env=environment(settings),
+            env=environment(settings, gpus=gpus),
             start_new_session=True,
         )
     try:

@@ -15,6 +15,10 @@ class Progress:
     def __init__(self, prompt: Tokens) -> None:
         self.whole = prompt
         """The prompt and what was sampled: where the next request goes on."""
+        self.breaks = 0
+        """Requests that broke."""
+        self.trouble = ""
+        """What broke the last one."""
         self._prompt_length = len(prompt)
         self._logprobs: list[Floats] = []
         self._versions: list[Tokens] = []
@@ -29,6 +33,11 @@ class Progress:
         self.whole = np.concatenate([self.whole, tokens])
         self._logprobs.append(logprobs)
         self._versions.append(versions)
+
+    def broken(self, trouble: str) -> None:
+        """Count a request that broke."""
+        self.breaks += 1
+        self.trouble = trouble
 
     def generation(self, stop: StopReason) -> Generation:
         """As the engine's answer."""

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable
-from contextlib import aclosing
 from typing import Final
 
 import anyio
+import anyio.abc
+import structlog
 
-from actors.engines.engine import EngineFailure
-from actors.engines.sglang.answers import BadAnswer, parse_answer
-from actors.engines.sglang.client import Request, ServerGone, ServerRefused, SglangClient
+from actors.engines.sglang.answers import UNVERSIONED
+from actors.engines.sglang.client import ServerGone, ServerRefused, SglangClient
+from actors.engines.sglang.features import look
 from actors.engines.sglang.handover import Handover, Parcel, first_difference
 from actors.engines.sglang.keeper import Keeper, Launch
+from actors.engines.sglang.line import Counts, Line, Ticket
 from actors.engines.sglang.model import ModelFacts
-from actors.engines.sglang.progress import Progress, Reply
+from actors.engines.sglang.progress import Progress
 from matpo.config import Sampling
 from matpo.config import SglangEngine as Settings
 from protocols.records import StopReason
 
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
 SWAP_DEADLINE_S: Final = 300.0
-"""For each request of a swap; loading a large model from disk takes minutes."""
+"""For weights to be loaded; a large model from a disk takes minutes."""
+PAUSE_DEADLINE_S: Final = 30.0
+"""For a server to stop or go on sampling, and to answer what it holds."""
 
 
 class Server:
@@ -37,72 +42,59 @@ class Server:
         facts: ModelFacts,
         settings: Settings,
         handover: Handover,
+        counts: Counts,
         launch: Launch | None,
         newest: Callable[[], Parcel | None],
+        changed: Callable[[Server], None],
+        errands: anyio.abc.TaskGroup,
     ) -> None:
-        """`launch`: starts it; None: it is somebody else's. `newest`: the weights every server ought to hold."""
+        """`launch` starts it; None: it is somebody else's. `newest`: the weights every server ought to hold. `changed`
+        is told when it may be used, or not any more. `errands`: for what nobody waits for."""
         self.name = name
         self.client = client
-        self.keeper = Keeper(client, launch, restore=self.restore, start_timeout_s=settings.start_timeout_s)
+        self.keeper = Keeper(
+            client,
+            launch,
+            bring_up=self._bring_up,
+            changed=lambda: changed(self),
+            start_timeout_s=settings.start_timeout_s,
+        )
+        self.line = Line(client, facts, settings, counts=counts, abort=self.abort, broken=self.keeper.suspect)
         self.holds: Parcel | None = None
-        """The weights it samples with; None: those it was started with, which nobody announced."""
-        self.running = self.sampled = self.prompted = self.cached = 0
+        """The weights it samples with; None: those it was started with, or some that are in doubt."""
         self._facts = facts
         self._settings = settings
         self._handover = handover
         self._newest = newest
+        self._errands = errands
         self._swap = anyio.Lock()
-        self._swaps = 0
-        self._cache_key = ""
-        """New after every swap, so that no keys and values of other weights are ever reused."""
 
     @property
     def usable(self) -> bool:
         """Whether requests may be sent."""
         return self.keeper.state == "ready" and self.holds is not None
 
-    async def attempt(self, progress: Progress, sampling: Sampling) -> StopReason | None:
-        """One request. Returns why sampling is over, or None when another request must go on from `progress`.
+    @property
+    def version(self) -> int:
+        """Of the weights it samples with."""
+        return UNVERSIONED if self.holds is None else self.holds.version
 
-        Raises `EngineFailure` when the server refuses, or answers what it should not.
-        """
-        room = self._settings.max_context_tokens - len(progress.whole)
-        left = sampling.max_tokens - progress.count
-        request = Request(
-            rid=uuid.uuid4().hex,
-            tokens=progress.whole,
-            sampling=sampling,
-            max_tokens=min(room, left),
-            ends=self._facts.ends,
-            cache_key=self._cache_key,
-            stream_tokens=self._settings.stream_tokens,
+    @property
+    def description(self) -> str:
+        """One line for people."""
+        return (
+            f"server {self.name} at {self.client.url}: {self.keeper.detail}, version {self.version},"
+            f" {self.line.running} running, {self.keeper.starts} starts"
         )
-        sent_with = -1 if self.holds is None else self.holds.version
-        swaps, reply, answered = self._swaps, Reply(sent_with=sent_with), False
-        self.running += 1
-        try:
-            await self._receive(request, reply)
-            reply.finish(progress)
-            answered = True
-        except ServerGone as error:
-            answered = True
-            reply.salvage(progress)
-            self.keeper.suspect(str(error))
-            return self._stop_of(progress, sampling)
-        except (ServerRefused, BadAnswer) as error:
-            raise EngineFailure(f"sglang: {error}") from error
-        finally:
-            self.running -= 1
-            if not answered:
-                await self.client.abort(request.rid)
-        match reply.last.finish:
-            case "stop":
-                return "stop"
-            case "length":
-                return "length" if left <= room else "context"
-        if swaps == self._swaps and not self._swap.locked():
-            raise EngineFailure(f"sglang aborted the request: {reply.last.detail}")
-        return self._stop_of(progress, sampling)
+
+    async def attempt(self, progress: Progress, sampling: Sampling, *, group: str) -> StopReason | None:
+        """One request; see `Line.attempt`."""
+        key = "" if self.holds is None else self.holds.cache_key
+        return await self.line.attempt(progress, sampling, Ticket(self.version, key))
+
+    def abort(self, rid: str) -> None:
+        """Have the server end a request, if it has it."""
+        self._errands.start_soon(self.client.abort, rid, name="abort")
 
     async def take(self, parcel: Parcel) -> float:
         """Swap the weights. Returns how long nothing was sampled, in seconds.
@@ -112,48 +104,47 @@ class Server:
         async with self._swap:
             if self.holds is parcel:
                 return 0.0
-            try:
-                return await self._push(parcel)
-            except (ServerGone, ServerRefused) as error:
-                self.holds = None
-                self.keeper.condemn(str(error))
-                raise
+            return await self._push(parcel)
 
-    async def restore(self, *, fresh: bool) -> None:
-        """Bring the server up to date; a `fresh` one holds nothing of ours."""
+    async def _bring_up(self, *, fresh: bool) -> None:
+        """See that the server is one we can use and holds the newest weights, whatever became of it meanwhile."""
         if fresh:
             self.holds = None
+            await look(self.client, self._settings)
+        elif self.holds is not None:
+            info = await self.client.model_info(deadline_s=PAUSE_DEADLINE_S)
+            if info.weight_version != str(self.holds.version):
+                self.holds = None
         while (parcel := self._newest()) is not None and parcel is not self.holds:
             async with self._swap:
                 await self._push(parcel)
 
-    async def _receive(self, request: Request, reply: Reply) -> None:
-        async with aclosing(self.client.generate(request)) as contents:
-            async for content in contents:
-                before = reply.count
-                reply.take(parse_answer(content, filtered=request.filtered))
-                self.sampled += reply.count - before
-        if reply.last.finish is None:
-            raise ServerGone("the reply ended before the answer did")
-        self.prompted += len(request.tokens)
-        self.cached += reply.last.cached
-
     async def _push(self, parcel: Parcel) -> float:
         client, began = self.client, time.monotonic()
         flush = self._settings.swap != "in_place"
+        trouble = f"version {parcel.version} took it too long"
         self.keeper.busy = True
         try:
-            await client.pause(self._settings.swap, deadline_s=SWAP_DEADLINE_S)
+            await client.pause(self._settings.swap, deadline_s=PAUSE_DEADLINE_S)
             await self._handover.deliver(parcel, client, flush=flush, deadline_s=SWAP_DEADLINE_S)
             await self._attest(parcel)
-            self._swaps += 1
-            self._cache_key = uuid.uuid4().hex
             self.holds = parcel
+        except (ServerGone, ServerRefused) as error:
+            trouble = str(error)
+            raise
         finally:
+            if self.holds is not parcel:
+                self._condemn(trouble)  # before it goes on: nothing is to be sampled with weights that are in doubt
             self.keeper.busy = False
             with anyio.CancelScope(shield=True):
-                await client.resume(deadline_s=SWAP_DEADLINE_S)
-        return time.monotonic() - began
+                await client.resume(deadline_s=PAUSE_DEADLINE_S)
+        pause_s = time.monotonic() - began
+        log.info("server took weights", server=self.name, version=parcel.version, pause_s=round(pause_s, 6))
+        return pause_s
+
+    def _condemn(self, reason: str) -> None:
+        self.holds = None
+        self.keeper.condemn(reason)
 
     async def _attest(self, parcel: Parcel) -> None:
         """Compare the server's own checksums with what they must be."""
@@ -163,11 +154,3 @@ class Server:
             name = first_difference(parcel.checksums, reported, tied=self._facts.tied)
             if name is not None:
                 raise ServerRefused(f"after loading, the server's {name} is not that of version {parcel.version}")
-
-    def _stop_of(self, progress: Progress, sampling: Sampling) -> StopReason | None:
-        """Whether what was saved of a broken request is the whole answer already."""
-        if progress.count and int(progress.whole[-1]) in self._facts.ends:
-            return "stop"
-        if progress.count >= sampling.max_tokens:
-            return "length"
-        return "context" if len(progress.whole) >= self._settings.max_context_tokens else None

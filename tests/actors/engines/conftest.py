@@ -35,7 +35,7 @@ class OpenEngine:
         if isinstance(self.settings, EmbeddedSettings):
             return EmbeddedEngine.open(folder, self.settings, seed=1)
         assert self.server is not None
-        settings = self.settings.model_copy(update={"url": self.server.url(folder)})
+        settings = self.settings.model_copy(update={"urls": (self.server.url(folder),)})
         return SglangEngine.open(folder, settings, seed=1)
 
     def using(self, **options: str | int) -> OpenEngine:

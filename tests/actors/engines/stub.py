@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -13,6 +13,14 @@ from aiohttp import web
 from actors.engines.sglang.launch import free_port
 
 Body = Mapping[str, object]
+PATHS = (
+    "/generate",
+    "/abort_request",
+    "/pause_generation",
+    "/continue_generation",
+    "/begin_weight_update",
+    "/weights_checker",
+)
 
 
 @dataclass
@@ -24,6 +32,7 @@ class Stub:
     """(path, body) of everything asked, but for health."""
     checksums: Mapping[str, str] = field(default_factory=dict)
     version: str = "default"
+    paths: Sequence[str] = PATHS
     break_after: int | None = None
     """The next streamed reply breaks off after so many tokens."""
     hang: bool = False
@@ -38,6 +47,8 @@ class Stub:
     async def serve(self) -> AsyncIterator[None]:
         app = web.Application()
         app.router.add_get("/health", self._health)
+        app.router.add_get("/openapi.json", self._interface)
+        app.router.add_get("/model_info", self._model_info)
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/{path}", self._other)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -52,6 +63,12 @@ class Stub:
 
     async def _health(self, _request: web.Request) -> web.Response:
         return web.Response()
+
+    async def _interface(self, _request: web.Request) -> web.Response:
+        return web.json_response({"paths": {path: {} for path in self.paths}})
+
+    async def _model_info(self, _request: web.Request) -> web.Response:
+        return web.json_response({"model_path": "model", "weight_version": self.version})
 
     async def _other(self, request: web.Request) -> web.Response:
         body = await request.json()

@@ -30,7 +30,7 @@ PROMPT = np.array([40, 41], dtype=np.int32)
 
 
 def settings_for(stub: Stub, **options: object) -> Settings:
-    basis = Settings(url=stub.url, device="cpu", dtype="float32", max_context_tokens=32)
+    basis = Settings(urls=(stub.url,), device="cpu", dtype="float32", max_context_tokens=32)
     return basis.model_copy(update=options)
 
 
