@@ -159,8 +159,10 @@ class Members:
     def _unusable(self, error: ServerDied) -> UserError:
         settings = self._settings
         if settings.router is not None:
-            return UserError(f"actor.engine.router {settings.router!r}: {error}; its workers must run")
+            return UserError(f"actor.engine.router, worker {error.server}: {error}; see that it runs")
         if settings.urls:
-            return UserError(f"actor.engine.urls: {error}; start the server first")
+            return UserError(f"actor.engine.urls, {error.server}: {error}; start the server first")
         output = self._output(error.server)
-        return UserError(f"sglang did not start: {error}: {last_words(output)} (its log is {output})")
+        return UserError(
+            f"sglang server {error.server} did not start: {error}: {last_words(output)} (its log is {output})"
+        )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import aiohttp
 import anyio
 from aiohttp import web
 
@@ -35,8 +37,16 @@ class Stub:
     paths: Sequence[str] = PATHS
     break_after: int | None = None
     """The next streamed reply breaks off after so many tokens."""
+    always_break: bool = False
+    """Every request loses its connection."""
+    hold_after: int | None = None
+    """Streamed replies wait after so many tokens until `go_on`."""
     hang: bool = False
     """Replies never come."""
+    refuses_weights: bool = False
+    hang_updates: bool = False
+    """Updates never end."""
+    go_on: anyio.Event = field(default_factory=anyio.Event)
     arrived: anyio.Event = field(default_factory=anyio.Event)
     """A request for tokens is here."""
 
@@ -44,7 +54,7 @@ class Stub:
         return [body for where, body in self.requests if where == path]
 
     @asynccontextmanager
-    async def serve(self) -> AsyncIterator[None]:
+    async def serve(self, port: int = 0) -> AsyncIterator[None]:
         app = web.Application()
         app.router.add_get("/health", self._health)
         app.router.add_get("/openapi.json", self._interface)
@@ -53,7 +63,7 @@ class Stub:
         app.router.add_post("/{path}", self._other)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
-        port = free_port()
+        port = port or free_port()
         await web.TCPSite(runner, "127.0.0.1", port).start()
         self.url = f"http://127.0.0.1:{port}"
         try:
@@ -74,6 +84,10 @@ class Stub:
         body = await request.json()
         self.requests.append((request.path, body))
         if request.path == "/update_weights_from_disk":
+            if self.hang_updates:
+                await anyio.sleep_forever()
+            if self.refuses_weights:
+                return web.json_response({"success": False, "message": "no room"}, status=400)
             self.version = body["weight_version"]
         return web.json_response({"success": True, "message": "", "ranks": [{"checksums": dict(self.checksums)}]})
 
@@ -83,6 +97,9 @@ class Stub:
         self.arrived.set()
         if self.hang:
             await anyio.sleep_forever()
+        if self.always_break:
+            assert request.transport is not None
+            request.transport.abort()
         count = body["sampling_params"]["max_new_tokens"]
         if not body["stream"]:
             return web.json_response(answer(1, count, self.version, finished=True))
@@ -94,10 +111,50 @@ class Stub:
                 assert request.transport is not None
                 request.transport.abort()
                 return response
+            if self.hold_after is not None and token > self.hold_after:
+                await self.go_on.wait()
             event = answer(token, token, self.version, finished=token == count)
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         return response
+
+
+@dataclass
+class StubRouter:
+    """Sends requests for tokens to its workers in turn; like the real ones it knows nothing of weights."""
+
+    workers: list[str]
+    url: str = ""
+    routing_keys: list[str] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[None]:
+        app = web.Application()
+        app.router.add_get("/workers", self._list)
+        app.router.add_post("/generate", self._generate)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        port = free_port()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        self.url = f"http://127.0.0.1:{port}"
+        try:
+            async with aiohttp.ClientSession() as self._session:
+                yield
+        finally:
+            await runner.cleanup()
+
+    async def _list(self, _request: web.Request) -> web.Response:
+        return web.json_response({"workers": [{"id": url, "url": url, "is_healthy": True} for url in self.workers]})
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        self.routing_keys.append(request.headers["X-SMG-Routing-Key"])
+        worker = self.workers[len(self.routing_keys) % len(self.workers)]
+        async with self._session.post(worker + "/generate", data=await request.read()) as reply:
+            response = web.StreamResponse(status=reply.status)
+            await response.prepare(request)
+            async for part in reply.content.iter_any():
+                await response.write(part)
+            return response
 
 
 def answer(first: int, last: int, version: str, *, finished: bool) -> dict[str, object]:
@@ -112,3 +169,16 @@ def answer(first: int, last: int, version: str, *, finished: bool) -> dict[str, 
     if finished:
         meta["weight_versions"] = [{"version": version, "start": 0, "end": last}]
     return {"output_ids": tokens, "meta_info": meta}
+
+
+async def main() -> None:
+    """A stub in a process of its own: prints its URL and serves until killed."""
+    stub = Stub(hold_after=int(sys.argv[1]), checksums=json.loads(sys.argv[2]))
+    async with stub.serve():
+        sys.stdout.write(f"{stub.url}\n")
+        sys.stdout.flush()
+        await anyio.sleep_forever()
+
+
+if __name__ == "__main__":
+    anyio.run(main)

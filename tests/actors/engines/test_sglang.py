@@ -135,7 +135,10 @@ async def test_weights_that_lie_in_a_file_nearby_are_handed_over_without_being_w
 
 async def test_a_server_that_cannot_be_started_says_why(model: PreTrainedModel, tmp_path: Path) -> None:
     settings = Settings(python="/bin/false", device="cpu", max_context_tokens=32)
-    with anyio.fail_after(30), pytest.raises(UserError, match=r"sglang did not start: server ended with status 1"):
+    with (
+        anyio.fail_after(30),
+        pytest.raises(UserError, match=r"sglang server 0 did not start: server ended with status 1"),
+    ):
         async with SglangEngine.open(tmp_path, settings, seed=0, log=tmp_path / "log"):
             pass
 
