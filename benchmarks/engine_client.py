@@ -48,6 +48,11 @@ class Measure(Protocol):
     async def __call__(self, url: str, *, in_flight: int, calls: int) -> float: ...
 
 
+OFFERED = ("/generate", "/abort_request", "/pause_generation", "/continue_generation", "/begin_weight_update")
+SUCCESS = orjson.dumps({"success": True, "message": "", "paths": {path: {} for path in OFFERED}})
+"""Answers whatever is not a prompt."""
+
+
 def stub_answer() -> bytes:
     """A finished reply of 500 tokens with log-probabilities."""
     random = np.random.default_rng(0)
@@ -71,7 +76,7 @@ class Stub(asyncio.Protocol):
     def __init__(self, delay_s: float) -> None:
         self._delay_s = delay_s
         self._kept = b""
-        self._answer, self._success = (_response(body) for body in (stub_answer(), b'{"success":true,"message":""}'))
+        self._answer, self._success = (_response(body) for body in (stub_answer(), SUCCESS))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
@@ -182,7 +187,7 @@ async def measure_engine(url: str, *, in_flight: int, calls: int) -> float:
         (folder / "config.json").write_bytes(
             orjson.dumps({"vocab_size": VOCABULARY, "tie_word_embeddings": True, "eos_token_id": 1})
         )
-        settings = Settings(url=url, attest=False)
+        settings = Settings(urls=(url,), attest=False)
         async with SglangEngine.open(folder, settings, seed=0) as engine:
             await engine.load(weights, version=7)
 
