@@ -191,7 +191,7 @@ class Agent:
     async def _use(self, offer: Offer, call: Call) -> _Result:
         """Call an MCP tool. An outage is told to the model, and masks the episode."""
         fixed = self._scene.task.tool_arguments.get(offer.tool, {})
-        answer = await self._stage.tools.call(offer.name, call.arguments, fixed=fixed)
+        answer = await self._scene.tools.call(offer.name, call.arguments, fixed=fixed)
         self._outage = self._outage or answer.outcome == "infrastructure"
         text = _cut(answer.text, self._role.tool_result_limit_characters)
         self.run.results.append(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import closing
 from typing import Literal
 
 import anyio
@@ -31,9 +32,8 @@ async def play_episode(
     Infrastructure trouble (a tool outage, an engine that died, the time limit) is in the statuses and leaves every
     reward None; it raises nothing. Cancelling the call from outside cancels the episode and nothing is returned.
     """
-    scene = Scene(stage, task, purpose, group_id=group_id)
     settings = stage.config.episode
-    with anyio.move_on_after(settings.timeout_s):
+    with closing(Scene(stage, task, purpose, group_id=group_id)) as scene, anyio.move_on_after(settings.timeout_s):
         await WORKFLOWS[settings.workflow](scene)
     trajectories = tuple(run.talk.trajectory(parent=run.parent, status=run.status) for run in scene.runs)
     used = sorted({version for trajectory in trajectories for version in set(trajectory.versions.tolist())})

@@ -28,17 +28,29 @@ def fill(template: str, **values: str) -> str:
     return _PLACE.sub(lambda match: values.get(match[1], match[0]), template)
 
 
-class Toolbox(Protocol):
-    """What agents need of `actors.tools.plane.ToolPlane`."""
-
-    def specs(self, patterns: Sequence[str], *, hidden: frozenset[str] = frozenset()) -> Sequence[ToolSpec]:
-        """The tools that match, in a fixed order, without the arguments named in `hidden`."""
-        ...
+class EpisodeToolbox(Protocol):
+    """The tools of one episode, whose agents may share what a server keeps for them."""
 
     async def call(
         self, name: str, arguments: Mapping[str, JsonValue], *, fixed: Mapping[str, JsonValue]
     ) -> ToolResult:
         """Call a tool by its model-facing name; a bad tool or server is in the answer, never raised."""
+        ...
+
+    def close(self) -> None:
+        """The episode is over."""
+        ...
+
+
+class Toolbox(Protocol):
+    """What a stage needs of `actors.tools.plane.ToolPlane`."""
+
+    def specs(self, patterns: Sequence[str], *, hidden: frozenset[str] = frozenset()) -> Sequence[ToolSpec]:
+        """The tools that match, in a fixed order, without the arguments named in `hidden`."""
+        ...
+
+    def episode(self) -> EpisodeToolbox:
+        """The tools for one more episode."""
         ...
 
 
@@ -140,10 +152,14 @@ class Run:
 
 
 class Scene:
-    """One episode being played. Agents join it by themselves; whatever happens, what they did so far is here."""
+    """One episode being played. Agents join it by themselves; whatever happens, what they did so far is here.
+
+    Close it when the episode is over.
+    """
 
     def __init__(self, stage: Stage, task: Task, purpose: Purpose, *, group_id: str) -> None:
         self.stage = stage
+        self.tools = stage.tools.episode()
         self.task = task
         self.purpose: Purpose = purpose
         self.group_id = group_id
@@ -152,6 +168,10 @@ class Scene:
         self.started_at = time.time()
         self._began = time.monotonic()
         self._hidden = frozenset(name for fixed in task.tool_arguments.values() for name in fixed)
+
+    def close(self) -> None:
+        """Let go of what only this episode used."""
+        self.tools.close()
 
     @property
     def elapsed_s(self) -> float:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
-from pydantic import ValidationError
-
+from actors.tools.mcp_file import read_mcp_file
 from matpo.config import McpServer, Tools
 from matpo.errors import UserError
 
-_VARIABLE = re.compile(r"\$\{(?:env:)?([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+_PLACE = re.compile(r"\$\{([^}]*)\}")
+_VARIABLE = re.compile(r"(?:env:)?([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
+_SETTING = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*)")
 
 
 def expand(text: str, variables: Mapping[str, str], *, server: str) -> str:
     """`text` with its variables filled in. Raises `UserError` naming the server and the variable that is not set."""
 
     def value(match: re.Match[str]) -> str:
-        name, default = match[1], match[2]
+        variable = _VARIABLE.fullmatch(match[1])
+        if variable is None:
+            raise UserError(
+                f"tool server {server!r} uses {match[0]}, which nothing here can fill in;"
+                " write ${VAR}, ${VAR:-default} or ${env:VAR}"
+            )
+        name, default = variable[1], variable[2]
         if name in variables and (variables[name] or default is None):
             return variables[name]
         if default is None:
@@ -28,20 +35,23 @@ def expand(text: str, variables: Mapping[str, str], *, server: str) -> str:
             )
         return str(default)
 
-    return _VARIABLE.sub(value, text)
+    return _PLACE.sub(value, text)
 
 
 def expand_server(name: str, entry: McpServer, variables: Mapping[str, str]) -> McpServer:
-    """The entry with variables filled into command, args, env, cwd, url and headers. Raises `UserError`."""
+    """The entry with variables filled into command, args, env, envFile, cwd, url and headers. Raises `UserError`."""
 
     def fill(text: str | None) -> str | None:
         return None if text is None else expand(text, variables, server=name)
 
+    env = {key: expand(value, variables, server=name) for key, value in entry.env.items()}
+    if (file := fill(entry.envFile)) is not None:
+        env = {**_read_env_file(Path(file), server=name), **env}
     return entry.model_copy(
         update={
             "command": fill(entry.command),
             "args": tuple(expand(argument, variables, server=name) for argument in entry.args),
-            "env": {key: expand(value, variables, server=name) for key, value in entry.env.items()},
+            "env": env,
             "cwd": fill(entry.cwd),
             "url": fill(entry.url),
             "headers": {key: expand(value, variables, server=name) for key, value in entry.headers.items()},
@@ -50,37 +60,34 @@ def expand_server(name: str, entry: McpServer, variables: Mapping[str, str]) -> 
 
 
 def configured_servers(tools: Tools, variables: Mapping[str, str]) -> dict[str, McpServer]:
-    """Every configured server by name, inline and from `tools.file`, expanded. Raises `UserError`."""
+    """Every server that is not disabled by name, expanded. Raises `UserError`."""
+    entries = configured_entries(tools)
+    return {name: expand_server(name, entry, variables) for name, entry in entries.items() if not entry.disabled}
+
+
+def configured_entries(tools: Tools) -> dict[str, McpServer]:
+    """Every entry by name as it is written, inline and in `tools.file`. Raises `UserError`."""
     entries = dict(tools.mcpServers)
-    for name, entry in _from_file(tools).items():
+    for name, entry in (read_mcp_file(tools.file) if tools.file is not None else {}).items():
         if name in entries:
             raise UserError(f"tool server {name!r} is configured both inline and in {str(tools.file)!r}; keep one")
         entries[name] = entry
-    return {name: expand_server(name, entry, variables) for name, entry in entries.items()}
+    return entries
 
 
-def _from_file(tools: Tools) -> dict[str, McpServer]:
-    if tools.file is None:
-        return {}
-    where = f"tools.file {str(tools.file)!r}"
+def _read_env_file(path: Path, *, server: str) -> dict[str, str]:
     try:
-        content = json.loads(tools.file.read_text(encoding="utf-8"))
+        lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(
-            f"{where} cannot be read ({error.strerror}); give the path of an mcpServers JSON file"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
-    # VS Code spells the key `servers`; Claude Desktop, Claude Code and Cursor `mcpServers`.
-    entries = content.get("mcpServers", content.get("servers")) if isinstance(content, dict) else None
-    if not isinstance(entries, dict):
-        raise UserError(f"{where} has no `mcpServers` object; see docs/tools.md for the form")
-    servers = {}
-    for name, entry in entries.items():
-        try:
-            servers[str(name)] = McpServer.model_validate(entry)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"{where}: server {name!r}: {key}: {first['msg']}") from error
-    return servers
+        raise UserError(f"tool server {server!r}: envFile {str(path)!r} cannot be read ({error.strerror})") from error
+    settings = {}
+    for line in (line.strip() for line in lines):
+        if not line or line.startswith("#"):
+            continue
+        setting = _SETTING.fullmatch(line)
+        if setting is None:
+            raise UserError(f"tool server {server!r}: envFile {str(path)!r}: {line!r} is not of the form KEY=VALUE")
+        value = setting[2]
+        quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "'\""
+        settings[setting[1]] = value[1:-1] if quoted else value
+    return settings

@@ -1,42 +1,64 @@
-"""What the model calls a tool: its bare name when no other server has it, else `server__tool`; always reversible."""
+"""What the model calls a tool: `server__tool`, or the name its entry gives it; always reversible."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from matpo.config import ServerExtras
 from matpo.errors import UserError
 
 MAX_NAME_CHARACTERS = 64
 """What function-calling APIs accept."""
 _NOT_ALLOWED = re.compile(r"[^A-Za-z0-9_-]")
 
+Tool = tuple[str, str]
+"""Server and tool, as MCP knows them."""
 
-def model_names(tools: Sequence[tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    """Model-facing name → (server, tool), in the order given. Raises `UserError` when two tools would share a name."""
-    bare = Counter(_clean(tool) for _, tool in tools)
-    named: dict[str, tuple[str, str]] = {}
+
+def model_names(tools: Sequence[Tool], extras: Mapping[str, ServerExtras]) -> dict[str, Tool]:
+    """Model-facing name → (server, tool), in the order given; `extras` by server.
+
+    Raises `UserError` for a name that two tools would share and for one that is too long.
+    """
+    named: dict[str, Tool] = {}
     for server, tool in tools:
-        name = _clean(tool) if bare[_clean(tool)] == 1 else f"{_clean(server)}__{_clean(tool)}"
-        if len(name) > MAX_NAME_CHARACTERS:
+        name = _name(server, tool, extras[server])
+        if not 1 <= len(name) <= MAX_NAME_CHARACTERS:
             raise UserError(
                 f"tool {tool!r} of server {server!r} would be called {name!r}, {len(name)} characters of at most"
-                f" {MAX_NAME_CHARACTERS}; give the server a shorter name or deny the tool"
+                f" {MAX_NAME_CHARACTERS}; give it another name under `matpo.rename`"
             )
         if name in named:
             raise UserError(
-                f"tools {named[name]} and {(server, tool)} would both be called {name!r}; rename a server or deny one"
+                f"tools {named[name]} and {(server, tool)} would both be called {name!r};"
+                " give one another name under `matpo.rename`, or deny it"
             )
         named[name] = (server, tool)
     return named
 
 
-def matches(pattern: str, *, name: str, server: str, tool: str) -> bool:
-    """Whether a role's `tools` entry means this tool: its name, `server__tool`, or a pattern such as `server__*`."""
-    return pattern == name or fnmatchcase(f"{server}__{tool}", pattern)
+def matching(pattern: str, names: Mapping[str, Tool]) -> list[str]:
+    """The names that a role's `tools` entry means.
+
+    It may be a name, `server__tool` or a pattern such as `server__*`, or a tool's own name if only one server has it.
+    Raises `UserError` when nothing matches, or a tool's own name is that of several servers.
+    """
+    if pattern in names:
+        return [pattern]
+    found = [name for name, (server, tool) in names.items() if fnmatchcase(f"{server}__{tool}", pattern)]
+    if not found:
+        found = [name for name, (_, tool) in names.items() if tool == pattern]
+        if len(found) > 1:
+            raise UserError(f"{pattern!r} may mean {' or '.join(sorted(found))}; write which")
+    if not found:
+        known = ", ".join(sorted(names)) or "none"
+        raise UserError(f"no tool matches {pattern!r}; the configured servers have: {known}")
+    return found
 
 
-def _clean(name: str) -> str:
-    return _NOT_ALLOWED.sub("_", name)
+def _name(server: str, tool: str, extras: ServerExtras) -> str:
+    if tool in extras.rename:
+        return _NOT_ALLOWED.sub("_", extras.rename[tool])
+    return _NOT_ALLOWED.sub("_", tool if extras.bare_names else f"{server}__{tool}")

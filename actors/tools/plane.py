@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
 from typing import Self
 
 import anyio
-import structlog
-from jsonschema import Draft202012Validator, SchemaError
+import orjson
+from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 from pydantic import JsonValue
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
+from actors.tools.cache import Answer, CallCache, RecordedTool
+from actors.tools.configured import ConfiguredServer
 from actors.tools.expand import configured_servers
-from actors.tools.names import matches, model_names
+from actors.tools.failures import ToolFailed, ToolRefused
+from actors.tools.figures import ActorFigures, ServerFigures, ToolCount
+from actors.tools.names import matching, model_names
+from actors.tools.pool import Backend
 from actors.tools.results import cut, readable
-from actors.tools.server import ToolFailed, ToolRefused, ToolServer
 from matpo.config import Tools
 from matpo.errors import UserError
 from protocols.records import Outcome
-
-_log = structlog.get_logger("tools")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,78 +56,23 @@ class ToolResult:
     result_bytes: int
 
 
-@dataclass(slots=True)
-class ToolCount:
-    """What the calls of one tool came to so far."""
-
-    calls: int = 0
-    model_errors: int = 0
-    infrastructure_errors: int = 0
-    seconds: float = 0.0
-    result_bytes: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class _Tool:
     spec: ToolSpec
-    server: ToolServer
+    backend: Backend
     validator: Draft202012Validator
     max_result_bytes: int
+    record: RecordedTool | None
     count: ToolCount = field(default_factory=ToolCount)
 
 
-class ToolPlane:
-    """The tools of a run. Open it once per actor; every episode calls through it."""
+class EpisodeTools:
+    """The tools as one episode uses them. Close it when the episode is over."""
 
-    def __init__(self, tools: Sequence[_Tool]) -> None:
-        self._tools = {tool.spec.name: tool for tool in tools}
-
-    @classmethod
-    @asynccontextmanager
-    async def open(cls, tools: Tools, *, variables: Mapping[str, str]) -> AsyncIterator[Self]:
-        """Start and connect to every configured server; `variables` are expanded beside (and before) the environment.
-
-        Raises `UserError` for a server that does not start, an unset variable, or names that clash.
-        """
-        entries = configured_servers(tools, {**os.environ, **variables})
-        servers = [ToolServer(name, entry) for name, entry in entries.items()]
-        try:
-            async with anyio.create_task_group() as owners:
-                for server in servers:
-                    owners.start_soon(server.run, name=f"tool server {server.name}")
-                for server in servers:
-                    await server.ready()
-                yield cls(_collect(servers, {name: entry.matpo.max_result_bytes for name, entry in entries.items()}))
-                owners.cancel_scope.cancel()
-        except BaseExceptionGroup as group:
-            # Task groups wrap whatever the block raised; callers want to catch that itself.
-            error: BaseException = group
-            while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-                error = error.exceptions[0]
-            raise error from None
-
-    @property
-    def counts(self) -> dict[tuple[str, str], ToolCount]:
-        """Per (server, tool): calls, failures, seconds and bytes so far."""
-        return {(tool.spec.server, tool.spec.tool): tool.count for tool in self._tools.values()}
-
-    def specs(self, patterns: Sequence[str], *, hidden: frozenset[str] = frozenset()) -> tuple[ToolSpec, ...]:
-        """The tools that match, sorted by name, without the arguments named in `hidden`.
-
-        Raises `UserError` for a pattern that matches no tool.
-        """
-        chosen: dict[str, ToolSpec] = {}
-        for pattern in patterns:
-            found = [
-                tool.spec
-                for tool in self._tools.values()
-                if matches(pattern, name=tool.spec.name, server=tool.spec.server, tool=tool.spec.tool)
-            ]
-            if not found:
-                known = ", ".join(sorted(self._tools)) or "none"
-                raise UserError(f"no tool matches {pattern!r}; the configured servers have: {known}")
-            chosen.update({spec.name: spec for spec in found})
-        return tuple(_without(chosen[name], hidden) for name in sorted(chosen))
+    def __init__(self, tools: Mapping[str, _Tool], backends: Sequence[Backend], episode: int) -> None:
+        self._tools = tools
+        self._backends = backends
+        self._episode = episode
 
     async def call(
         self, name: str, arguments: Mapping[str, JsonValue], *, fixed: Mapping[str, JsonValue] | None = None
@@ -135,63 +83,143 @@ class ToolPlane:
         if tool is None:
             text = f"Error: there is no tool {name!r}. Available: {', '.join(sorted(self._tools)) or 'none'}."
             return ToolResult(text, "model_error", "", name, 0.0, len(text.encode()))
-        text, outcome = await self._answer(tool, {**arguments, **(fixed or {})})
+        answer = await self._answer(tool, {**arguments, **(fixed or {})})
         seconds = time.monotonic() - began
-        size = len(text.encode())
-        count = tool.count
-        count.calls += 1
-        count.model_errors += outcome == "model_error"
-        count.infrastructure_errors += outcome == "infrastructure"
-        count.seconds += seconds
-        count.result_bytes += size
-        return ToolResult(text, outcome, tool.spec.server, tool.spec.tool, seconds, size)
+        size = len(answer.text.encode())
+        tool.count.add(answer.outcome, seconds=seconds, result_bytes=size, recorded=answer.recorded)
+        return ToolResult(answer.text, answer.outcome, tool.spec.server, tool.spec.tool, seconds, size)
 
-    async def _answer(self, tool: _Tool, arguments: Mapping[str, JsonValue]) -> tuple[str, Outcome]:
+    def close(self) -> None:
+        """The episode is over: servers of its own are stopped."""
+        for backend in self._backends:
+            backend.release(self._episode)
+
+    async def _answer(self, tool: _Tool, arguments: Mapping[str, JsonValue]) -> Answer:
         if wrong := _wrong_arguments(tool, arguments):
-            return f"Error: {wrong}", "model_error"
+            return Answer(f"Error: {wrong}", "model_error")
+        if tool.record is None:
+            return await self._ask(tool, arguments)
+        return await tool.record.answer(arguments, lambda: self._ask(tool, arguments))
+
+    async def _ask(self, tool: _Tool, arguments: Mapping[str, JsonValue]) -> Answer:
         try:
-            result = await tool.server.call(tool.spec.tool, arguments)
+            result = await tool.backend.call(tool.spec.tool, arguments, self._episode)
         except ToolRefused as error:
-            return f"Error: {cut(str(error), tool.max_result_bytes)}", "model_error"
+            return Answer(f"Error: {cut(str(error), tool.max_result_bytes)}", "model_error")
         except ToolFailed as error:
-            return f"Error: the tool failed, not your call: {cut(str(error), tool.max_result_bytes)}", "infrastructure"
+            reason = cut(str(error), tool.max_result_bytes)
+            return Answer(f"Error: the tool failed, not your call: {reason}", "infrastructure")
         text = cut(readable(result), tool.max_result_bytes)
-        return (f"Error: {text}", "model_error") if result.is_error else (text, "ok")
+        return Answer(f"Error: {text}", "model_error") if result.is_error else Answer(text, "ok")
 
 
-def _collect(servers: Sequence[ToolServer], caps: Mapping[str, int]) -> list[_Tool]:
-    offered = []
-    for server in servers:
-        for tool in server.tools:
-            try:
-                Draft202012Validator.check_schema(tool.input_schema)
-            except SchemaError as error:
-                _log.warning("tool dropped: bad schema", server=server.name, tool=tool.name, reason=error.message)
-                continue
-            offered.append((server, tool))
-    names = model_names([(server.name, tool.name) for server, tool in offered])
+class ToolPlane:
+    """The tools of a run. Open it once per actor; every episode calls through its own `episode()`."""
+
+    def __init__(self, servers: Mapping[str, ConfiguredServer]) -> None:
+        self._servers = servers
+        self._tools = {tool.spec.name: tool for tool in _collect(servers)}
+        self._names = {tool.spec.name: (tool.spec.server, tool.spec.tool) for tool in self._tools.values()}
+        self._episodes = itertools.count()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, tools: Tools, *, variables: Mapping[str, str]) -> AsyncIterator[Self]:
+        """Start and connect to every configured server; `variables` are expanded beside (and before) the environment.
+
+        Raises `UserError` for a server that does not start, an unset variable, or names that clash.
+        """
+        entries = configured_servers(tools, {**os.environ, **variables})
+        try:
+            with ExitStack() as stack:
+                wanted = any(entry.matpo.cache != "off" for entry in entries.values())
+                cache = stack.enter_context(CallCache.open(tools.cache_file)) if wanted else None
+                async with anyio.create_task_group() as owners:
+                    servers = {name: ConfiguredServer(name, entry, cache) for name, entry in entries.items()}
+                    for server in servers.values():
+                        if server.live is not None:
+                            server.live.start(owners)
+                    for server in servers.values():
+                        await server.ready()
+                    yield cls(servers)
+                    owners.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            # Task groups wrap whatever the block raised; callers want to catch that itself.
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+                error = error.exceptions[0]
+            raise error from None
+
+    def specs(self, patterns: Sequence[str], *, hidden: frozenset[str] = frozenset()) -> tuple[ToolSpec, ...]:
+        """The tools that match, sorted by name, without the arguments named in `hidden`.
+
+        Raises `UserError` for a pattern that matches no tool.
+        """
+        chosen = {name for pattern in patterns for name in matching(pattern, self._names)}
+        return tuple(_without(self._tools[name].spec, hidden) for name in sorted(chosen))
+
+    def name_of(self, server: str, tool: str) -> str:
+        """What the model calls a tool. Raises `UserError`."""
+        for name, known in self._names.items():
+            if known == (server, tool):
+                return name
+        tools = ", ".join(sorted(other for home, other in self._names.values() if home == server)) or "none"
+        raise UserError(f"server {server!r} has no tool {tool!r}; it offers: {tools}")
+
+    def episode(self) -> EpisodeTools:
+        """The tools for one more episode."""
+        return EpisodeTools(self._tools, [server.backend for server in self._servers.values()], next(self._episodes))
+
+    async def call(self, name: str, arguments: Mapping[str, JsonValue]) -> ToolResult:
+        """One call that is an episode of its own."""
+        with closing(self.episode()) as tools:
+            return await tools.call(name, arguments)
+
+    def figures(self, actor_id: str) -> ActorFigures:
+        """What all calls came to since the plane was opened."""
+        tools = sorted(self._tools.values(), key=lambda tool: (tool.spec.server, tool.spec.tool))
+        return ActorFigures(
+            actor_id=actor_id,
+            tools=tuple(tool.count.figures(f"{tool.spec.server}__{tool.spec.tool}") for tool in tools),
+            servers=tuple(
+                ServerFigures(server=name, up=live.up, copies=live.copies, losses=live.losses)
+                for name, server in self._servers.items()
+                if (live := server.live) is not None
+            ),
+        )
+
+
+def _collect(servers: Mapping[str, ConfiguredServer]) -> list[_Tool]:
+    found = [(server, tool) for server in servers.values() for tool in server.backend.tools]
+    extras = {server.name: server.extras for server in servers.values()}
+    names = model_names([(server.name, tool.name) for server, tool in found], extras)
     return [
         _Tool(
             spec=ToolSpec(name, server.name, tool.name, tool.description or "", tool.input_schema),
-            server=server,
+            backend=server.backend,
             # An empty registry: a schema's remote references are never fetched.
             validator=Draft202012Validator(tool.input_schema, registry=Registry()),
-            max_result_bytes=caps[server.name],
+            max_result_bytes=server.extras.max_result_bytes,
+            record=server.record(tool),
         )
-        for name, (server, tool) in zip(names, offered, strict=True)
+        for name, (server, tool) in zip(names, found, strict=True)
     ]
 
 
 def _wrong_arguments(tool: _Tool, arguments: Mapping[str, JsonValue]) -> str | None:
     try:
-        error = best_match(tool.validator.iter_errors(arguments))
-    except Unresolvable:
+        orjson.dumps(arguments)
+    except orjson.JSONEncodeError as error:
+        return f"bad arguments for {tool.spec.name}: they cannot be sent ({error}); write odd numbers as text"
+    try:
+        found = best_match(tool.validator.iter_errors(arguments))
+    except (Unresolvable, RecursionError):
         # The schema refers to something it does not contain; the server itself has to judge the arguments.
         return None
-    if error is None:
+    if found is None:
         return None
-    where = "".join(f"[{part!r}]" for part in error.absolute_path)
-    return f"bad arguments for {tool.spec.name}{f' at {where}' if where else ''}: {error.message}"
+    where = "".join(f"[{part!r}]" for part in found.absolute_path)
+    return f"bad arguments for {tool.spec.name}{f' at {where}' if where else ''}: {found.message[:300]}"
 
 
 def _without(spec: ToolSpec, hidden: frozenset[str]) -> ToolSpec:

@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import anyio
-from mcp.client.stdio import get_default_environment
 
 from actors.tools.calls import CallDispatcher
 from actors.tools.framing import MessageFraming, Reply
@@ -30,7 +29,7 @@ class Command:
 
     argv: Sequence[str]
     env: Mapping[str, str]
-    """On top of the SDK's short list of inherited variables (HOME, PATH, …)."""
+    """All of it: nothing is inherited."""
     cwd: str | None
     max_line_bytes: int
 
@@ -108,7 +107,7 @@ async def start_process(
     transport, process = await loop.subprocess_exec(
         lambda: ServerProcess(command.max_line_bytes, on_end),
         *command.argv,
-        env={**get_default_environment(), **command.env},
+        env=command.env,
         cwd=command.cwd,
         start_new_session=True,
     )

@@ -78,5 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("doctor", help="who waits on whom, the ledger, the staleness forecast", add_help=False)
     commands.add_parser("replay", help="train again from a run's journal alone", add_help=False)
     commands.add_parser("eval", help="play the evaluation questions without training", add_help=False)
-    commands.add_parser("tools", help="list | check | call the tools of the configured MCP servers", add_help=False)
+    commands.add_parser(
+        "tools", help="list | check | call | bench the tools of the configured MCP servers", add_help=False
+    )
     return parser

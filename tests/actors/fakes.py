@@ -165,6 +165,12 @@ class FakeTools:
         schema: dict[str, JsonValue] = {"type": "object", "properties": properties, "required": [*names]}
         return ToolSpec(name, f"{name}_server", name, f"The {name} tool.", schema)
 
+    def episode(self) -> FakeTools:
+        return self
+
+    def close(self) -> None:
+        """Nothing belongs to one episode."""
+
     async def call(
         self, name: str, arguments: Mapping[str, JsonValue], *, fixed: Mapping[str, JsonValue]
     ) -> ToolResult:

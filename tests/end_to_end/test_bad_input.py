@@ -207,7 +207,7 @@ CHEAP = {
         ["model.path '<dir>/none'", "config.json", "models/quickstart"],
     ),
     "tool call with bad arguments": (
-        ["matpo", "tools", "call", CONFIG, "search", "{query}"],
+        ["matpo", "tools", "call", CONFIG, "search", "search", "{query}"],
         ["'{query}' are not JSON", "write them as"],
     ),
     "actor id that is no name": (

@@ -54,7 +54,7 @@ def test_a_server_of_fifteen_lines_plugs_in_by_config_and_its_calls_show_in_the_
     server = tmp_path / "almanac.py"
     server.write_text(ALMANAC)
     # In a config file: the table [tools.mcpServers.almanac] instead of the shipped [tools.mcpServers.search].
-    plugged_in = f'tools.mcpServers={{almanac={{command="${{PYTHON}}",args=["{server}"]}}}}'
+    plugged_in = f'tools.mcpServers={{almanac={{command="${{PYTHON}}",args=["{server}"],matpo={{bare_names=true}}}}}}'
     listed = matpo("tools", "list", str(QUICKSTART), plugged_in)
     assert listed.returncode == 0, listed.stderr
     assert "almanac" in listed.stdout and "Look something up in the almanac." in listed.stdout

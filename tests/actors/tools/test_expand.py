@@ -28,6 +28,29 @@ def test_an_unset_variable_is_an_error_that_names_server_and_variable() -> None:
         configured_servers(tools, {})
 
 
+@pytest.mark.parametrize("odd", ["${input:key}", "${workspaceFolder}/x", "${}", "${A B}"])
+def test_what_nothing_here_can_fill_in_is_an_error_and_never_a_literal(odd: str) -> None:
+    with pytest.raises(UserError, match=r"'s' uses \$\{.*\}, which"):
+        expand(odd, {}, server="s")
+
+
+def test_a_disabled_server_needs_no_variables_and_does_not_exist() -> None:
+    entries = {"off": {"command": "${NOT_SET}", "disabled": True}, "on": {"command": "x", "enabled": True}}
+    assert list(configured_servers(Tools.model_validate({"mcpServers": entries}), {})) == ["on"]
+
+
+def test_an_env_file_is_read_below_env(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("# keys\nA=1\nexport B = 'two words'\n\nC=\"x\"\n")
+    entry = {"command": "x", "envFile": "${DIR}/.env", "env": {"A": "mine"}}
+    tools = Tools.model_validate({"mcpServers": {"s": entry}})
+    assert configured_servers(tools, {"DIR": str(tmp_path)})["s"].env == {"A": "mine", "B": "two words", "C": "x"}
+    (tmp_path / ".env").write_text("A\n")
+    with pytest.raises(UserError, match=r"'s': envFile .*'A' is not of the form KEY=VALUE"):
+        configured_servers(tools, {"DIR": str(tmp_path)})
+    with pytest.raises(UserError, match=r"'s': envFile 'nowhere/\.env' cannot be read"):
+        configured_servers(tools, {"DIR": "nowhere"})
+
+
 @pytest.mark.parametrize("key", ["mcpServers", "servers"])
 def test_entries_of_a_file_are_read_beside_the_inline_ones(tmp_path: Path, key: str) -> None:
     file = tmp_path / "mcp.json"

@@ -43,7 +43,7 @@ async def test_the_server_of_the_guide_plugs_in_as_the_guide_says(tmp_path: Path
         async with ToolPlane.open(tools, variables={"PYTHON": sys.executable}) as plane:
             (spec,) = plane.specs([name for name in role["episode"]["roles"]["worker"]["tools"] if name != "search"])
             assert spec.description == "The time of day in a time zone such as Europe/Oslo."
-            result = await plane.call("now", {"zone": "Europe/Oslo"})
+            result = await plane.call("clock__now", {"zone": "Europe/Oslo"})
     assert (result.outcome, re.fullmatch(r"\d\d:\d\d", result.text) is not None) == ("ok", True)
 
 
@@ -99,9 +99,19 @@ def test_the_tools_commands_list_and_call_the_quick_starts_search(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["call", "configs/quickstart.toml", "search", "{"], "arguments '{' are not JSON"),
-        (["call", "configs/quickstart.toml", "search", "[]"], "must be a JSON object"),
+        (["call", "configs/quickstart.toml", "search", "search", "{"], "arguments '{' are not JSON"),
+        (["call", "configs/quickstart.toml", "search", "search", "[]"], "must be a JSON object"),
+        (
+            ["call", "configs/quickstart.toml", "serch", "search"],
+            "no tool server is called 'serch'; configured: search",
+        ),
+        (["call", "configs/quickstart.toml", "search", "open"], "'search' has no tool 'open'; it offers: search"),
         (["list", "configs/quickstart.toml", 'tools.mcpServers.search.command="${NOPE}"'], r"uses \$\{NOPE\}"),
+        (
+            ["call", "configs/quickstart.toml", "serch", "search"],
+            "no tool server is called 'serch'; configured: search",
+        ),
+        (["call", "configs/quickstart.toml", "search", "open"], "'search' has no tool 'open'; it offers: search"),
         (["list", "configs/quickstart.toml", 'tools.mcpServers.search.command="/no/program"'], "/no/program"),
     ],
 )

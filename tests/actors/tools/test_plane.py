@@ -22,7 +22,8 @@ HOSTILE = str(Path(__file__).with_name("hostile.py"))
 
 @asynccontextmanager
 async def hostile(*options: str, **extras: JsonValue) -> AsyncIterator[ToolPlane]:
-    entry = {"command": "${PYTHON}", "args": ["-S", HOSTILE, *options], "matpo": extras}
+    matpo = {"bare_names": True, **extras}
+    entry: JsonValue = {"command": "${PYTHON}", "args": ["-S", HOSTILE, *options], "matpo": matpo}
     tools = Tools.model_validate({"mcpServers": {"hostile": entry}})
     with anyio.fail_after(30):
         async with ToolPlane.open(tools, variables={"PYTHON": sys.executable}) as plane:
@@ -38,7 +39,8 @@ async def test_a_call_gives_text_outcome_and_size_and_is_counted() -> None:
         result = await call(plane, "echo", "grüß")
         assert (result.text, result.outcome, result.server, result.tool) == ("grüß", "ok", "hostile", "echo")
         assert result.result_bytes == 6
-        assert plane.counts["hostile", "echo"].calls == 1
+        (counted,) = [figures for figures in plane.figures("a").tools if figures.calls]
+        assert (counted.tool, counted.calls, counted.result_bytes) == ("hostile__echo", 1, 6)
 
 
 async def test_the_models_own_mistakes_are_told_to_it_and_are_not_infrastructure() -> None:
@@ -56,7 +58,7 @@ async def test_the_models_own_mistakes_are_told_to_it_and_are_not_infrastructure
 
 async def test_fixed_arguments_win_and_are_hidden_from_the_model() -> None:
     async with hostile(allow=["echo"]) as plane:
-        assert (await plane.call("echo", {"text": "mine"}, fixed={"text": "fixed"})).text == "fixed"
+        assert (await plane.episode().call("echo", {"text": "mine"}, fixed={"text": "fixed"})).text == "fixed"
         (shown,) = plane.specs(["echo"], hidden=frozenset({"text"}))
         assert shown.parameters == {"type": "object", "properties": {}, "required": []}
         (whole,) = plane.specs(["hostile__*"])
@@ -191,7 +193,8 @@ async def test_a_server_that_cannot_come_back_fails_calls_at_once_with_the_reaso
     ("entry", "words"),
     [
         ({"command": "${PYTHON}", "args": [HOSTILE, "--die", "no database here"]}, "no database here"),
-        ({"command": "/no/such/program"}, "command: /no/such/program"),
+        ({"command": "/no/such/program"}, "no program '/no/such/program'; install it or give its full path"),
+        ({"command": "${PYTHON}", "cwd": "/no/such/folder"}, "its cwd '/no/such/folder' is no folder"),
         (
             {"command": "${PYTHON}", "args": [HOSTILE, "--slow-start", "60"], "matpo": {"start_timeout_s": 0.5}},
             "no answer within 0.5 s",
