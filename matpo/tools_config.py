@@ -58,9 +58,10 @@ class ServerExtras(Section):
 
     @model_validator(mode="after")
     def _no_idle_options(self) -> ServerExtras:
-        if "retries" in self.model_fields_set and not self.idempotent:
+        idle = {name for name, field in ServerExtras.model_fields.items() if dict(self)[name] == field.default}
+        if "retries" not in idle and not self.idempotent:
             raise ValueError("retries apply to idempotent tools only; name some under `idempotent`")
-        if self.scope == "shared" and "max_episodes" in self.model_fields_set:
+        if self.scope == "shared" and "max_episodes" not in idle:
             raise ValueError("max_episodes has no effect on a shared server; set scope = 'episode' or leave it out")
         if self.scope == "episode" and self.replicas > 1:
             raise ValueError("replicas are copies of a shared server; with scope = 'episode' set max_episodes")

@@ -16,7 +16,7 @@ from mcp.shared.transport_context import TransportContext
 from pydantic import JsonValue
 
 from actors.tools.framing import Reply
-from actors.tools.streams import Inbox, Outbox
+from actors.tools.streams import Inbox, LineWriter
 
 FIRST_CALL_ID = 1_000_000_000
 """Calls are numbered from here; the SDK numbers its own requests from 1."""
@@ -28,7 +28,7 @@ class CallDispatcher:
     On that way (streams, tracing, progress, a model per message) a call costs the client three times as much.
     """
 
-    def __init__(self, inbox: Inbox, outbox: Outbox) -> None:
+    def __init__(self, inbox: Inbox, outbox: LineWriter) -> None:
         self._sdk: JSONRPCDispatcher[TransportContext] = JSONRPCDispatcher(inbox, outbox)
         self._outbox = outbox
         self._waiting: dict[int, asyncio.Future[Reply]] = {}

@@ -13,12 +13,13 @@ import httpx2
 import mcp_types as types
 from mcp import Client, MCPError
 from mcp.client import ClientSession
-from mcp.client.session import IncomingMessage, MessageHandlerFnT
+from mcp.client.session import IncomingMessage
 from mcp.client.stdio import get_default_environment
 from pydantic import ValidationError
 
 from actors.tools.failures import ToolFailed
-from actors.tools.http import Endpoint, http_streams, sse_streams
+from actors.tools.http import Endpoint, http_streams
+from actors.tools.sse import open_sse
 from actors.tools.stdio import Command, ServerProcess, start_process
 from matpo.config import McpServer
 from matpo.errors import UserError
@@ -60,9 +61,17 @@ class Connector:
             if isinstance(message, types.ToolListChangedNotification):
                 on_new_tools()
 
-        if self._entry.transport != "stdio":
-            async with self._client(heed) as client:
+        if self._entry.transport == "http":
+            async with Client(http_streams(self._endpoint()), mode="auto", message_handler=heed) as client:
                 yield client.session
+            return
+        if self._entry.transport == "sse":
+            async with (
+                open_sse(self._endpoint(), on_end=on_end) as calls,
+                ClientSession(dispatcher=calls, message_handler=heed) as session,
+            ):
+                await self._negotiate(session)
+                yield session
             return
         async with start_process(self._command(), on_end=on_end) as (process, calls):
             self.process = process
@@ -86,20 +95,16 @@ class Connector:
         said = f"; its last lines: {words}" if words else "; it said nothing: run it by hand to see why"
         return f"tool server {self._name!r} did not start: {failure}; command: {command}{said}"
 
-    def _client(self, heed: MessageHandlerFnT) -> Client:
+    def _endpoint(self) -> Endpoint:
         extras = self._entry.matpo
         assert self._entry.url is not None, "an entry has a command or a url"
-        endpoint = Endpoint(
+        return Endpoint(
             url=self._entry.url,
             headers=self._entry.headers,
             timeout_s=max(extras.timeout_s, extras.start_timeout_s),
             max_inflight=extras.max_inflight,
             max_body_bytes=_most_bytes(extras.max_result_bytes),
         )
-        if self._entry.transport == "sse":
-            # Older than the probe for newer protocols, which its servers may take as a broken first message.
-            return Client(sse_streams(endpoint), mode="legacy", message_handler=heed)
-        return Client(http_streams(endpoint), mode="auto", message_handler=heed)
 
     def _command(self) -> Command:
         entry = self._entry

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import anyio
 import mcp_types as types
@@ -21,7 +21,7 @@ MAX_UNSENT_BYTES = 64 * 2**20
 """A server that leaves more than this unread is treated as gone."""
 
 
-class _Closing:
+class Closing:
     """`async with` and iteration in terms of `receive` and `aclose`."""
 
     async def aclose(self) -> None:
@@ -36,7 +36,7 @@ class _Closing:
         await self.aclose()
 
 
-class Inbox(_Closing):
+class Inbox(Closing):
     """Messages from a server, put in by the event loop's callbacks. Bounded by the calls in flight."""
 
     def __init__(self) -> None:
@@ -77,7 +77,15 @@ class Inbox(_Closing):
             raise StopAsyncIteration from None
 
 
-class Outbox(_Closing):
+class LineWriter(WriteStream[SessionMessage], Protocol):
+    """Where messages to a server go."""
+
+    def write(self, line: bytes) -> None:
+        """Send one message without waiting. Raises `anyio.BrokenResourceError` when the server is gone."""
+        ...
+
+
+class Outbox(Closing):
     """Messages to a server. Sending never waits, so that a call's deadline counts from its start."""
 
     def __init__(self, pipe: asyncio.WriteTransport) -> None:
@@ -98,7 +106,7 @@ class Outbox(_Closing):
         self._pipe.close()
 
 
-class CleanedReader(_Closing):
+class CleanedReader(Closing):
     """Another transport's read stream with tool listings cleaned."""
 
     def __init__(self, inner: ReadStream[SessionMessage | Exception]) -> None:

@@ -6,6 +6,7 @@ import argparse
 import base64
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -26,13 +27,14 @@ class Call(TypedDict):
 
 SCHEMA = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
 TOOLS = ("echo", "crash", "crash_once", "hang", "flood", "flood_id_last", "junk", "bad_utf8", "slow", "picture",
-         "refuse", "tool_error", "lie", "pid", "peak", "environment")  # fmt: skip
+         "refuse", "tool_error", "lie", "pid", "peak", "environment", "grow", "stop_itself")  # fmt: skip
 
 MODERN: Message = {"resultType": "complete", "ttlMs": 0, "cacheScope": "private"}
 
 lock = threading.Lock()
 live = 0
 peak = 0
+grown = 0
 
 
 def send(message: Message) -> None:
@@ -114,6 +116,12 @@ def answer(request: Call, options: argparse.Namespace) -> None:
         with lock:
             live -= 1
         result = text(str(peak))
+    elif name == "grow":
+        global grown
+        grown += 1
+        send({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"})
+    elif name == "stop_itself":
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif name == "environment":
         result = text(json.dumps(sorted(os.environ)))
     send({"jsonrpc": "2.0", "id": request["id"], "result": result})
@@ -121,11 +129,12 @@ def answer(request: Call, options: argparse.Namespace) -> None:
 
 def listing(options: argparse.Namespace) -> Message:
     tools: list[Message] = [{"name": name, "inputSchema": SCHEMA} for name in TOOLS]
+    tools += [{"name": f"grown_{number}", "inputSchema": SCHEMA} for number in range(grown)]
     if options.bad_schema:
         tools.insert(0, {"name": "bad", "inputSchema": {}})
         tools.insert(1, {"inputSchema": SCHEMA})
         tools.insert(2, {"name": "worse", "inputSchema": {"type": "object", "properties": {"a": {"type": "nonsense"}}}})
-    return {"tools": tools}
+    return {"tools": tools, "_meta": {"matpo/corpus": options.corpus}} if options.corpus else {"tools": tools}
 
 
 def main() -> None:
@@ -134,6 +143,7 @@ def main() -> None:
     parser.add_argument("--strict", action="store_true", help="exit when the first message is not initialize")
     parser.add_argument("--modern", action="store_true", help="know no handshake, only protocol 2026-07-28")
     parser.add_argument("--slow-start", type=float, default=0.0)
+    parser.add_argument("--corpus", default="", help="report this version of the data")
     parser.add_argument("--die", default="", help="say this on stderr and exit")
     parser.add_argument("--only-once", default="", help="a file; when it exists the server does not start again")
     parser.add_argument("--marker", default="")

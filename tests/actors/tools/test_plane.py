@@ -5,33 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import anyio
 import pytest
+import structlog.testing
 from pydantic import JsonValue
 
 from actors.tools.plane import ToolPlane, ToolResult
 from matpo.config import Tools
 from matpo.errors import UserError
-
-HOSTILE = str(Path(__file__).with_name("hostile.py"))
-
-
-@asynccontextmanager
-async def hostile(*options: str, **extras: JsonValue) -> AsyncIterator[ToolPlane]:
-    matpo = {"bare_names": True, **extras}
-    entry: JsonValue = {"command": "${PYTHON}", "args": ["-S", HOSTILE, *options], "matpo": matpo}
-    tools = Tools.model_validate({"mcpServers": {"hostile": entry}})
-    with anyio.fail_after(30):
-        async with ToolPlane.open(tools, variables={"PYTHON": sys.executable}) as plane:
-            yield plane
-
-
-async def call(plane: ToolPlane, tool: str, text: str = "hello") -> ToolResult:
-    return await plane.call(tool, {"text": text})
+from tests.actors.tools.hosts import HOSTILE, VARIABLES, call, entry, hostile
 
 
 async def test_a_call_gives_text_outcome_and_size_and_is_counted() -> None:
@@ -160,6 +145,60 @@ async def test_servers_that_know_only_the_old_or_only_the_new_protocol_both_work
     async with hostile(generation) as plane:
         assert (await call(plane, "echo")).text == "hello"
         assert (await call(plane, "refuse")).outcome == "model_error"
+
+
+async def test_a_pin_that_fits_is_quiet_and_one_that_does_not_names_the_new_one() -> None:
+    with pytest.raises(UserError, match=r"'hostile' offers other tools than those pinned .*set matpo.pin = ") as caught:
+        async with hostile(pin="0" * 16):
+            pass
+    new = str(caught.value)[-17:-1]
+    async with hostile(pin=new) as plane:
+        assert (await call(plane, "echo")).outcome == "ok"
+    with pytest.raises(UserError, match="other tools than those pinned"):
+        async with hostile(pin=new, deny=["crash"]):
+            pass
+
+
+async def test_new_tools_of_a_running_server_are_noticed_and_change_no_prompt() -> None:
+    with structlog.testing.capture_logs() as logs:
+        async with hostile(allow=["grow", "grown_*", "echo"], deny=["crash"]) as plane:
+            before = plane.specs(["*"])
+            assert (await call(plane, "grow")).outcome == "ok"
+            while not logs:
+                await call(plane, "echo")
+            assert plane.specs(["*"]) == before
+    assert (logs[0]["event"], logs[0]["added"]) == (
+        "tool server changed its tools; prompts keep the old ones",
+        ["grown_0"],
+    )
+
+
+async def test_a_pinned_server_whose_tools_change_while_it_runs_answers_no_more_calls() -> None:
+    offered: list[str] = []
+    with pytest.raises(UserError, match="pinned") as caught:
+        async with hostile(pin="0" * 16):
+            pass
+    async with hostile(pin=str(caught.value)[-17:-1], timeout_s=5) as plane:
+        await call(plane, "grow")
+        while (result := await call(plane, "echo")).outcome == "ok":
+            offered.append(result.text)
+        assert "offers other tools than those pinned" in result.text or "ended during the call" in result.text
+
+
+@pytest.mark.parametrize("key", ["allow", "deny", "idempotent", "rename"])
+async def test_extras_about_a_tool_that_does_not_exist_are_a_users_error(key: str) -> None:
+    given: JsonValue = {"ecko": "x"} if key == "rename" else ["ecko"]
+    with pytest.raises(UserError, match=rf"'hostile' has no tool 'ecko' \(matpo.{key}\); it has: bad_utf8, crash, "):
+        tools = Tools.model_validate({"mcpServers": {"hostile": entry(**{key: given})}})
+        async with ToolPlane.open(tools, variables=VARIABLES):
+            pass
+
+
+@pytest.mark.parametrize("odd", ["\ud800", 10**30])
+async def test_arguments_that_no_json_can_carry_are_the_models_fault(odd: JsonValue) -> None:
+    async with hostile() as plane:
+        result = await plane.call("echo", {"text": "x", "odd": odd})
+        assert (result.outcome, "cannot be sent" in result.text) == ("model_error", True)
 
 
 async def test_no_more_calls_than_max_inflight_reach_a_server_at_once() -> None:
