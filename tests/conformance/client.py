@@ -17,7 +17,7 @@ async def main(url: str, scenario: str) -> None:
     async with ToolPlane.open(tools, variables={}) as plane:
         for spec in () if scenario == "initialize" else plane.specs(("suite__*",)):
             arguments = {"a": 5, "b": 3} if spec.tool == "add_numbers" else {}
-            result = await plane.call(spec.name, arguments, fixed={})
+            result = await plane.call(spec.name, arguments)
             sys.stderr.write(f"{scenario}: {spec.tool}: {result.outcome}: {result.text}\n")
 
 
