@@ -46,7 +46,7 @@ def start_decoding() -> Cursor:
     return np.array([0, 0, 0, 0, _NO_GAP_READ], dtype=np.int64)
 
 
-def _compiled(function: Callable[P, R]) -> Callable[P, R]:
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """The function in machine code, run without the interpreter's lock."""
     try:
         made: Callable[P, R] = njit(nogil=True, cache=True)(function)
@@ -94,7 +94,7 @@ _lowest_set = cast(Callable[[np.uint64], int], intrinsic(_emit_lowest_set))
 """Place of the lowest set bit of a mask that is not 0."""
 
 
-@_compiled
+@compiled
 def _ordered(bits: np.uint16 | np.uint32, width: int) -> np.int64:
     """The bit pattern of a float as an integer in the floats' order, neighbours one apart; one to one: -0 is not 0."""
     wide, sign = np.int64(bits), np.int64(1) << (width - 1)
@@ -103,7 +103,7 @@ def _ordered(bits: np.uint16 | np.uint32, width: int) -> np.int64:
     return wide | sign
 
 
-@_compiled
+@compiled
 def encode(
     old: Bits, new: Bits, gaps: Bytes, values: Bytes, wide16: NDArray[np.uint16], wide32: NDArray[np.uint32], at: Cursor
 ) -> None:
@@ -153,7 +153,7 @@ def encode(
     at[0], at[1], at[2], at[3], at[CARRIED] = g, v, w, x, count - 1 - last
 
 
-@_compiled
+@compiled
 def decode(
     bits: Bits, gaps: Bytes, values: Bytes, wide16: NDArray[np.uint16], wide32: NDArray[np.uint32], at: Cursor
 ) -> bool:

@@ -57,7 +57,12 @@ def train(folder: RunFolder, config: Config, metrics: MetricsFile, stopping: thr
     checkpoints = Checkpoints(folder.checkpoints, learner.keep_checkpoints)
     state = checkpoints.restore(policy, optimizer)
     step = 0 if state is None else state.step
-    publisher = Publisher(folder.weights, dtype=learner.publish_dtype, keyframe_every=config.hub.keyframe_every_steps)
+    publisher = Publisher(
+        folder.weights,
+        dtype=learner.publish_dtype,
+        keyframe_every=config.hub.keyframe_every_steps,
+        threads=learner.threads,
+    )
     with Hub(folder, stopping) as hub:
         lineage = hub.hello(step=step, config_digest=config.shared_digest)
         hub.publish(publisher.publish(policy.parameters, version=version_of(lineage=lineage, step=step)))

@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from learner.trainer.model import Policy
-from learner.trainer.publish import to_weights
+from learner.trainer.publish import parameters_digest
 from matpo.model_files import TOKENIZER_FILES
 from protocols.records import Record
-from protocols.weights import file_digest, weights_digest
+from protocols.weights import file_digest
 
 MODEL: Final = "model.safetensors"
 OPTIMIZER: Final = "optimizer.safetensors"
@@ -69,9 +69,7 @@ class Checkpoints:
         for name in TOKENIZER_FILES:
             if (model / name).is_file():
                 shutil.copyfile(model / name, draft / name)
-        state = TrainerState(
-            step=step, lineage=lineage, weights=weights_digest(to_weights(policy.parameters, "float32"))
-        )
+        state = TrainerState(step=step, lineage=lineage, weights=parameters_digest(policy.parameters, "float32"))
         files = {path.name: file_digest(path) for path in sorted(draft.iterdir())}
         manifest = _Manifest(state=state, files=files)
         (draft / MANIFEST).write_bytes(orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2))

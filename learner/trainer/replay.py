@@ -17,7 +17,7 @@ from learner.hub.batches import STALE, split_frames
 from learner.hub.journal import Journal, JournalUnreadable, integer, text
 from learner.trainer.checkpoint import Checkpoints
 from learner.trainer.intake import prepare
-from learner.trainer.publish import to_weights
+from learner.trainer.publish import parameters_digest
 from learner.trainer.setup import Training
 from learner.trainer.step import train_step
 from matpo.errors import UserError, run_command
@@ -25,7 +25,6 @@ from matpo.folder import RunFolder
 from matpo.load import load_config
 from protocols.codec import decode_tree
 from protocols.records import EpisodeTree, version_of
-from protocols.weights import weights_digest
 
 
 def trained_batches(journal: Journal) -> Iterator[tuple[int, tuple[EpisodeTree, ...]]]:
@@ -75,7 +74,7 @@ def replay(folder: RunFolder, overrides: Sequence[str]) -> int:
                 f"  grad norm {report.grad_norm:.4f}  {time.monotonic() - started:.2f} s",
                 flush=True,
             )
-    digest = weights_digest(to_weights(training.policy.parameters, "float32"))
+    digest = parameters_digest(training.policy.parameters, "float32")
     print(f"replayed {last} steps: weights {digest}")
     if overrides:
         return 0

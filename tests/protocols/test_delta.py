@@ -153,9 +153,10 @@ def test_a_delta_turns_the_base_into_the_target_bit_for_bit(tmp_path: Path, data
     base = data.draw(weights())
     target = data.draw(changed(base))
     before = weights_digest(base)
-    made = write_delta(tmp_path / "d", base, target, base_version=4, version=5)
+    threads, part = data.draw(st.sampled_from([1, 3])), data.draw(st.sampled_from([1, 3, 64, 100, 2**23]))
+    made = write_delta(tmp_path / "d", base, target, base_version=4, version=5, threads=threads, part_elements=part)
     assert (made.kind, made.base, made.version, made.digest) == ("delta", 4, 5, file_digest(tmp_path / "d"))
-    assert same(apply_delta(tmp_path / "d", base, base_version=4), target)
+    assert same(apply_delta(tmp_path / "d", base, base_version=4, threads=threads), target)
     assert weights_digest(base) == before
 
 
@@ -214,6 +215,35 @@ def test_weights_are_patched_where_they_lie(tmp_path: Path) -> None:
     assert all(mine[name].data is array for name, array in arrays.items())
 
 
+@pytest.mark.parametrize("known", [None, weights_digest(BASE)])
+def test_patched_weights_are_checked_whether_or_not_their_digest_is_known(tmp_path: Path, known: str | None) -> None:
+    write_delta(tmp_path / "d", BASE, TARGET, base_version=1, version=2)
+    mine = {name: Tensor(tensor.dtype, tensor.data.copy()) for name, tensor in BASE.items()}
+    assert patch_weights(tmp_path / "d", mine, base_version=1, base_digest=known) == weights_digest(TARGET)
+    mine = {name: Tensor(tensor.dtype, tensor.data.copy()) for name, tensor in BASE.items()}
+    mine["a"].data[7] += 1
+    message = "made for other weights" if known is None else "gives another tensor 'a'"
+    with pytest.raises(BadDelta, match=message):
+        patch_weights(tmp_path / "d", mine, base_version=1, base_digest=known)
+    with pytest.raises(BadDelta, match="made for other weights"):
+        patch_weights(tmp_path / "d", mine, base_version=1, base_digest="0" * 32)
+
+
+def test_weights_that_cannot_be_written_are_not_patched(tmp_path: Path) -> None:
+    write_keyframe(tmp_path / "k", BASE, version=1)
+    write_delta(tmp_path / "d", BASE, TARGET, base_version=1, version=2)
+    with pytest.raises(ValueError, match="2 tensors are read-only, first 'b': patch a copy"):
+        patch_weights(tmp_path / "d", read_keyframe(tmp_path / "k"), base_version=1)
+
+
+def test_weights_that_begin_at_any_multiple_of_their_own_size_have_a_delta(tmp_path: Path) -> None:
+    raw = np.arange(2000, dtype=np.uint16)
+    odd: Weights = {"a": Tensor("bfloat16", raw[1:]), "b": Tensor("bfloat16", raw[7:])}
+    moved: Weights = {"a": Tensor("bfloat16", raw[1:] + np.uint16(1)), "b": Tensor("bfloat16", raw[7:] ^ np.uint16(1))}
+    write_delta(tmp_path / "d", odd, moved, base_version=1, version=2, part_elements=333)
+    assert same(apply_delta(tmp_path / "d", odd, base_version=1), moved)
+
+
 def test_weights_with_other_tensors_have_no_delta(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="differ in the tensors they have, first 'b'"):
         write_delta(tmp_path / "d", BASE, {"a": BASE["a"]}, base_version=1, version=2)
@@ -222,7 +252,8 @@ def test_weights_with_other_tensors_have_no_delta(tmp_path: Path) -> None:
 @settings(relaxed, max_examples=300)
 @given(st.data())
 def test_a_damaged_delta_is_refused_or_harmless(tmp_path: Path, data: st.DataObject) -> None:
-    write_delta(tmp_path / "d", BASE, TARGET, base_version=1, version=2)
+    part = data.draw(st.sampled_from([700, 2**23]))
+    write_delta(tmp_path / "d", BASE, TARGET, base_version=1, version=2, part_elements=part)
     raw = bytearray((tmp_path / "d").read_bytes())
     match data.draw(st.sampled_from(["flip", "cut", "extend"])):
         case "flip":
