@@ -18,15 +18,16 @@ import structlog
 from actors.engines.opening import open_engine
 from actors.episode import play_episode
 from actors.failure import user_error
+from actors.greet import greet
 from actors.outbox import Outbox
 from actors.play import Player
 from actors.scene import Stage
-from actors.session import Session, greet
+from actors.session import Session
 from actors.setting import tool_variables
 from actors.tools.plane import ToolPlane
 from actors.weights.follow import Follower
 from actors.weights.shadow import Shadow
-from actors.weights.sources import HubSource
+from actors.weights.sources import HubSource, Sources, beside_hub
 from matpo.config import Config
 from matpo.errors import UserError, run_command
 from matpo.load import load_config
@@ -81,10 +82,13 @@ async def run_actor(place: Place) -> None:
             store=outbox,
             concurrency=config.actor.concurrency,
         )
+        weights = config.actor.weights
         follower = Follower(
-            stack.enter_context(Shadow.open(welcome.run, memory=config.actor.weights.memory)),
+            stack.enter_context(Shadow.open(welcome.run, memory=weights.memory)),
             engine=engine,
-            hub=HubSource(client),
+            sources=Sources(
+                HubSource(client), beside_hub(weights, run=welcome.run, puller_id=place.actor_id, keys=keys)
+            ),
             reports=client,
             loaded=(player.notice,),
         )

@@ -32,28 +32,9 @@ from protocols.messages import (
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-HELLO_EVERY_S = 2.0
 LEAVE_PATIENCE_S = 8.0
 STALL_S = 60.0
 """A wait that lasts longer is shown as a stall by `matpo doctor`."""
-
-
-async def greet(client: HubClient, hello: Hello, *, deadline_s: float) -> Welcome:
-    """Say hello until welcomed. Raises `UserError` when the hub refuses, or says nothing for `deadline_s` seconds."""
-    with anyio.move_on_after(deadline_s):
-        while True:
-            await client.send(hello)
-            with anyio.move_on_after(HELLO_EVERY_S):
-                while True:
-                    message, _ = await client.receive()
-                    match message:
-                        case Welcome():
-                            return message
-                        case Refuse(reason="wrong_config" | "wrong_protocol" | "draining", detail=detail):
-                            raise UserError(f"the hub refused this actor: {detail}")
-                        case _:  # meant for an earlier actor of this name
-                            continue
-    raise UserError(f"the hub is there but did not answer hello within {deadline_s:g} s; see its log")
 
 
 class Session:

@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter
 
 from protocols.records import Record, Task
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised whenever a message or the tree encoding changes; peers with another number are refused."""
 
 CHUNK_BYTES = 4 * 2**20
@@ -67,6 +67,28 @@ class Hello(Record):
     """Digest of the settings both sides must share (roles, tools, rewards, model)."""
     capacity: Count
     """Episodes it can play at once."""
+
+
+class PullHello(Record):
+    """First message of one who only pulls weights: a relay to its hub, an actor to a relay. `Welcome` or `Refuse`."""
+
+    kind: Literal["pull_hello"] = "pull_hello"
+    protocol: int
+    puller_id: str
+    run: str | None
+    """The run whose weights are wanted; None: whichever is here."""
+
+    def refusal(self, run: str) -> Refuse | None:
+        """What to answer where the weights of `run` are; None to welcome."""
+        if self.protocol != PROTOCOL:
+            detail = f"{self.puller_id} speaks protocol {self.protocol}, here {PROTOCOL}; install the same matpo"
+            return Refuse(reason="wrong_protocol", detail=detail)
+        if self.run not in (None, run):
+            detail = (
+                f"{self.puller_id} wants weights of run {self.run!r}, here are those of {run!r}; correct the address"
+            )
+            return Refuse(reason="wrong_config", detail=detail)
+        return None
 
 
 class LeaseRequest(Record):
@@ -272,7 +294,7 @@ class Ok(Record):
     kind: Literal["ok"] = "ok"
 
 
-ActorMessage = Hello | LeaseRequest | TreeUpload | Heartbeat | ChunkRequest | WeightsLoaded | Goodbye
+ActorMessage = Hello | PullHello | LeaseRequest | TreeUpload | Heartbeat | ChunkRequest | WeightsLoaded | Goodbye
 TrainerMessage = TrainerHello | BatchRequest | StepDone | Publish
 HubMessage = (
     Welcome | Lease | Ack | Refuse | Cancel | WeightsReady | Chunk | Drain | TrainerWelcome | NotYet | Batch | Ok

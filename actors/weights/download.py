@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 
-import anyio
 import anyio.to_thread
 
 from protocols.messages import CHUNK_BYTES, Chunk, ChunkRequest, WeightObject
@@ -44,80 +43,64 @@ def check_digest(wanted: WeightObject, found: str) -> None:
 
 
 class Download:
-    """One object on its way: chunks may arrive in any order and twice."""
+    """One object on its way: chunks may arrive in any order and twice. Open it as a context."""
 
     def __init__(
-        self,
-        wanted: WeightObject,
-        path: Path,
-        *,
-        progress: Callable[[], None],
-        patience_s: float = CHUNK_PATIENCE_S,
-        chunk_bytes: int = CHUNK_BYTES,
+        self, wanted: WeightObject, path: Path, *, patience_s: float = CHUNK_PATIENCE_S, chunk_bytes: int = CHUNK_BYTES
     ) -> None:
-        """`path` is written anew; `progress` is called when chunks have arrived, and may raise to end the download."""
+        """`path` is written anew."""
         self.wanted = wanted
+        self.patience_s = patience_s
         self._path = path
-        self._progress = progress
-        self._patience_s = patience_s
         self._chunk_bytes = chunk_bytes
-        self._gone = False
-        self._sent: set[int] = set()
-        """Offsets asked for."""
+        self._asked: set[int] = set()
+        """Offsets under way."""
         self._left = list(range(0, wanted.size_bytes, chunk_bytes))[::-1]
         self._moved_s = 0.0
-        """When something was last asked for anew or arrived, monotonic."""
-        self._changed = anyio.Event()
+        """When something was last asked for or arrived, monotonic."""
         self._descriptor = -1
 
-    async def run(self, uplink: Uplink) -> None:
-        """Pull the whole file and check it. Raises `BrokenTransfer` or `ObjectGone`."""
+    def __enter__(self) -> Self:
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            while self._left or self._sent:
-                if self._gone:
-                    raise ObjectGone(self.wanted.name)
-                changed = self._changed  # taken before asking: what arrives meanwhile must wake us
-                await self._ask(uplink)
-                with anyio.move_on_after(self._patience_s):
-                    await changed.wait()
-                    self._progress()
-        finally:
-            os.close(self._descriptor)
-            self._descriptor = -1
-        check_digest(self.wanted, await anyio.to_thread.run_sync(file_digest, self._path))
+        return self
 
-    def take(self, chunk: Chunk, content: memoryview) -> None:
-        """A chunk arrived; one that was not asked for, or of another size, is ignored and asked for again later."""
-        expected = chunk.name == self.wanted.name and chunk.offset in self._sent
-        if expected and content.nbytes == self._size(chunk.offset) and self._descriptor >= 0:
-            os.pwrite(self._descriptor, content, chunk.offset)
-            self._sent.remove(chunk.offset)
-            self._moved_s = time.monotonic()
-            self._notice()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
 
-    def give_up(self) -> None:
-        """Whoever was asked says that the object is gone."""
-        self._gone = True
-        self._notice()
+    @property
+    def complete(self) -> bool:
+        """Whether every chunk is there; what is in them is for `check` to say."""
+        return not self._left and not self._asked
 
-    def _notice(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
-
-    def _size(self, offset: int) -> int:
-        return min(self._chunk_bytes, self.wanted.size_bytes - offset)
-
-    async def _ask(self, uplink: Uplink) -> None:
-        """Keep `CHUNKS_IN_FLIGHT` requests under way."""
+    async def ask(self, uplink: Uplink) -> None:
+        """Keep `CHUNKS_IN_FLIGHT` requests under way, and repeat them when nothing came for long."""
         again: list[int] = []
-        if self._sent and time.monotonic() - self._moved_s >= self._patience_s:
-            again = sorted(self._sent)
-            self._patience_s *= 2
-        while again or (self._left and len(self._sent) < CHUNKS_IN_FLIGHT):
+        if self._asked and time.monotonic() - self._moved_s >= self.patience_s:
+            again = sorted(self._asked)
+            self.patience_s *= 2
+        while again or (self._left and len(self._asked) < CHUNKS_IN_FLIGHT):
             offset = again.pop() if again else self._left.pop()
-            self._sent.add(offset)
+            self._asked.add(offset)
             self._moved_s = time.monotonic()
             request = ChunkRequest(name=self.wanted.name, offset=offset, size_bytes=self._size(offset))
             while not await uplink.send(request):
                 await uplink.wait_connected()
+
+    def take(self, chunk: Chunk, content: memoryview) -> bool:
+        """A chunk arrived. False: it was not asked for, or has another size; if need be it is asked for again later."""
+        expected = chunk.name == self.wanted.name and chunk.offset in self._asked
+        if not expected or content.nbytes != self._size(chunk.offset):
+            return False
+        os.pwrite(self._descriptor, content, chunk.offset)
+        self._asked.remove(chunk.offset)
+        self._moved_s = time.monotonic()
+        return True
+
+    async def check(self) -> None:
+        """Compare the whole with the object's digest. Raises `BrokenTransfer`."""
+        check_digest(self.wanted, await anyio.to_thread.run_sync(file_digest, self._path))
+
+    def _size(self, offset: int) -> int:
+        return min(self._chunk_bytes, self.wanted.size_bytes - offset)

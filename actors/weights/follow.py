@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +19,7 @@ import structlog
 from actors.engines.engine import Engine, EngineFailure
 from actors.weights.download import BrokenTransfer, ObjectGone
 from actors.weights.shadow import Copy, Shadow, Turn, TurnLost
-from actors.weights.sources import HubSource, Source, Sources
+from actors.weights.sources import Sources
 from matpo.errors import UserError
 from protocols.delta import BadDelta, patch_weights
 from protocols.messages import Chunk, Refuse, WeightObject, WeightsLoaded, WeightsReady
@@ -43,20 +42,19 @@ class Follower:
         shadow: Shadow,
         *,
         engine: Engine,
-        hub: HubSource,
+        sources: Sources,
         reports: Reports,
-        others: Sequence[Source] = (),
         loaded: Sequence[Callable[[], None]] = (),
     ) -> None:
-        """`others` are asked for weights before the hub. `loaded` are called right after every swap."""
-        self.failures: Counter[str] = Counter()
+        """`loaded` are called right after every swap."""
+        self.failures = sources.failures
         """What went wrong and was repaired, by kind."""
         self.waiting_for: tuple[str, str] | None = None
         """What is being waited for, and the remedy should it last."""
         self._shadow = shadow
         self._engine = engine
         self._reports = reports
-        self._sources = Sources(hub, others, failures=self.failures)
+        self._sources = sources
         self._loaded = loaded
         self._newest: WeightsReady | None = None
         self._fresh = anyio.Event()

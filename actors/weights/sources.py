@@ -15,9 +15,15 @@ import anyio.to_thread
 import structlog
 import xxhash
 
-from actors.weights.download import CHUNK_PATIENCE_S, BrokenTransfer, Download, Uplink, check_digest
+from actors.greet import greet
+from actors.weights.download import CHUNK_PATIENCE_S, BrokenTransfer, Download, ObjectGone, Uplink, check_digest
 from actors.weights.shadow import Turn
-from protocols.messages import CHUNK_BYTES, Chunk, Refuse, WeightObject
+from matpo.config import ActorWeights
+from matpo.errors import UserError
+from protocols.channel import HubClient
+from protocols.keys import ActorKeys
+from protocols.messages import CHUNK_BYTES, PROTOCOL, Chunk, Drain, PullHello, Refuse, WeightObject
+from protocols.refusals import ChannelError, check_endpoint
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -58,28 +64,42 @@ class HubSource:
         self._patience_s = patience_s
         self._chunk_bytes = chunk_bytes
         self._download: Download | None = None
+        self._gone = False
+        self._changed = anyio.Event()
 
     async def fetch(self, wanted: WeightObject, path: Path, progress: Callable[[], None]) -> None:
         """See `Source`. While the hub is away this waits for it, as everything else of the actor does."""
-        self._download = Download(
-            wanted, path, progress=progress, patience_s=self._patience_s, chunk_bytes=self._chunk_bytes
-        )
-        try:
-            await self._download.run(self._uplink)
-        finally:
-            self._download = None
+        with Download(wanted, path, patience_s=self._patience_s, chunk_bytes=self._chunk_bytes) as download:
+            self._download, self._gone = download, False
+            try:
+                while not download.complete:
+                    if self._gone:
+                        raise ObjectGone(wanted.name)
+                    changed = self._changed  # taken before asking: what arrives meanwhile must wake us
+                    await download.ask(self._uplink)
+                    with anyio.move_on_after(download.patience_s):
+                        await changed.wait()
+                        progress()
+            finally:
+                self._download = None
+            await download.check()
 
     def take(self, chunk: Chunk, content: memoryview) -> None:
         """Bytes of a weight object arrived."""
-        if self._download is not None:
-            self._download.take(chunk, content)
+        if self._download is not None and self._download.take(chunk, content):
+            self._notice()
 
     def refuse(self, refusal: Refuse) -> bool:
         """Handle a refusal of a chunk. False when it is about something else."""
         if self._download is None or refusal.about != self._download.wanted.name:
             return False
-        self._download.give_up()
+        self._gone = True
+        self._notice()
         return True
+
+    def _notice(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
 
 
 class FolderSource:
@@ -114,15 +134,71 @@ class FolderSource:
         check_digest(wanted, digest.hexdigest())
 
 
+class RelaySource:
+    """A `matpo-relay`; the link to it lives as long as one object takes."""
+
+    name = "relay"
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        run: str,
+        puller_id: str,
+        keys: ActorKeys | None,
+        patience_s: float = CHUNK_PATIENCE_S,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        """`patience_s`: how long it may take to let us in, and after the last chunk to send another."""
+        self._endpoint = endpoint
+        self._keys = keys
+        self._hello = PullHello(protocol=PROTOCOL, puller_id=puller_id, run=run)
+        self._patience_s = patience_s
+        self._chunk_bytes = chunk_bytes
+
+    async def fetch(self, wanted: WeightObject, path: Path, progress: Callable[[], None]) -> None:
+        """See `Source`."""
+        limit_s = _limit_s(wanted)
+        link = HubClient.connect(
+            self._endpoint, identity=self._hello.puller_id, keys=self._keys, deadline_s=self._patience_s
+        )
+        try:
+            with anyio.fail_after(limit_s):
+                async with link as client:
+                    await greet(client, self._hello, deadline_s=self._patience_s)
+                    with Download(wanted, path, chunk_bytes=self._chunk_bytes) as download:
+                        await self._pull(client, download, progress)
+                        await download.check()
+        except TimeoutError as error:
+            seconds = f"nothing for {self._patience_s:g} s, or not all within {limit_s:.0f} s"
+            raise SourceFailed(f"{wanted.name} stopped coming: {seconds}") from error
+        except (ChannelError, UserError, BrokenTransfer) as error:
+            raise SourceFailed(str(error)) from error
+
+    async def _pull(self, client: HubClient, download: Download, progress: Callable[[], None]) -> None:
+        while not download.complete:
+            with anyio.fail_after(self._patience_s):
+                await download.ask(client)
+                message, frames = await client.receive()
+            match message:
+                case Chunk() if len(frames) == 1:
+                    download.take(message, frames[0])
+                    progress()
+                case Refuse(detail=detail) | Drain(reason=detail):
+                    raise SourceFailed(detail)
+                case _:
+                    continue
+
+
 class Sources:
     """The sources of an actor, cheapest first."""
 
-    def __init__(
-        self, hub: HubSource, others: Sequence[Source] = (), *, failures: Counter[str], rest_s: float = REST_S
-    ) -> None:
+    def __init__(self, hub: HubSource, others: Sequence[Source] = (), *, rest_s: float = REST_S) -> None:
+        """`others` are asked before the hub; one that failed is left alone for `rest_s` seconds."""
+        self.failures: Counter[str] = Counter()
+        """By source."""
         self.hub = hub
         self._others = others
-        self._failures = failures
         self._rest_s = rest_s
         self._resting_until_s: dict[str, float] = {}
 
@@ -135,7 +211,7 @@ class Sources:
                     await source.fetch(wanted, path, turn.progress)
                 except SourceFailed as error:
                     turn.drop(path)
-                    self._failures[source.name] += 1
+                    self.failures[source.name] += 1
                     self._resting_until_s[source.name] = time.monotonic() + self._rest_s
                     log.warning(
                         "weights left for the hub", source=source.name, reason=str(error), again_in_s=self._rest_s
@@ -145,6 +221,17 @@ class Sources:
         path = turn.draft()
         await self.hub.fetch(wanted, path, turn.progress)
         return path
+
+
+def beside_hub(settings: ActorWeights, *, run: str, puller_id: str, keys: ActorKeys | None) -> list[Source]:
+    """The configured sources, cheapest first. Raises `ChannelError` for a relay's address that is none."""
+    sources: list[Source] = []
+    if settings.folder is not None:
+        sources.append(FolderSource(settings.folder))
+    if settings.relay is not None:
+        check_endpoint(settings.relay, keys)
+        sources.append(RelaySource(settings.relay, run=run, puller_id=puller_id, keys=keys))
+    return sources
 
 
 def _limit_s(wanted: WeightObject) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from learner.hub.admission import Admission
 from learner.hub.batches import Batches, BatchRules, OutOfStep
 from learner.hub.evaluation import EvaluationRecord, Evaluator
 from learner.hub.grants import Granter
@@ -27,6 +28,7 @@ from protocols.codec import MalformedTree, decode_header, decode_tree
 from protocols.messages import (
     PROTOCOL,
     Ack,
+    ActorMessage,
     Batch,
     BatchRequest,
     Cancel,
@@ -41,6 +43,7 @@ from protocols.messages import (
     NotYet,
     Ok,
     Publish,
+    PullHello,
     Refuse,
     RefuseReason,
     StepDone,
@@ -97,8 +100,7 @@ class Hub:
     ) -> None:
         """`weights` is the folder of weight files, `tokenizer` the digest actors must show, `now_s` monotonic."""
         self._config = config
-        self._run = run
-        self._tokenizer = tokenizer
+        self._admission = Admission(config, run, tokenizer)
         rules = GroupRules(
             group_size=config.learner.group_size,
             min_group=config.hub.min_group,
@@ -163,6 +165,7 @@ class Hub:
         if isinstance(outgoing.message, Lease):
             self.leases.end(outgoing.message.lease_id, "returned")
         if outgoing.side == "actors":
+            self.roster.pullers.discard(outgoing.peer)
             actor = self.roster.at(outgoing.peer)
             if actor is not None:
                 actor.wanted = 0
@@ -184,6 +187,8 @@ class Hub:
             for lease_id in self.leases.live(actor.actor_id):
                 self.leases.end(lease_id, "returned")
             self._send("actors", actor.peer, Drain(reason=reason))
+        for puller in self.roster.pullers:
+            self._send("actors", puller, Drain(reason=reason))
 
     def conditions(self, now_s: float) -> Iterator[Condition]:
         """What is being waited for at this moment."""
@@ -207,15 +212,18 @@ class Hub:
     def _handle_actor(
         self,
         peer: bytes,
-        message: Hello | LeaseRequest | TreeUpload | Heartbeat | ChunkRequest | WeightsLoaded | Goodbye,
+        message: ActorMessage,
         frames: Sequence[Frame],
         *,
         now_s: float,
         at: float,
     ) -> None:
         actor = self.roster.at(peer)
-        if isinstance(message, Hello):
+        if isinstance(message, Hello | PullHello):
             self._welcome(peer, message, now_s=now_s)
+            return
+        if isinstance(message, ChunkRequest) and peer in self.roster.pullers:
+            self._send_chunk(peer, message)
             return
         if actor is None:
             about = message.tree_id if isinstance(message, TreeUpload) else ""
@@ -247,27 +255,17 @@ class Hub:
                     self.leases.end(lease_id, "returned")
                 self.roster.forget(peer)
 
-    def _welcome(self, peer: bytes, hello: Hello, *, now_s: float) -> None:
-        config = self._config
-        if self.draining is not None:
-            self._refuse("actors", peer, "draining", f"the run is ending ({self.draining})")
-        elif hello.protocol != PROTOCOL:
-            detail = f"actor speaks protocol {hello.protocol}, this hub {PROTOCOL}; install the same matpo on both"
-            self._refuse("actors", peer, "wrong_protocol", detail)
-        elif hello.tokenizer_digest != self._tokenizer:
-            detail = (
-                f"actor has tokenizer {hello.tokenizer_digest}, this run {self._tokenizer}; use the same model.path"
-            )
-            self._refuse("actors", peer, "wrong_config", detail)
-        elif hello.config_digest != config.shared_digest:
-            detail = (
-                f"actor has config {hello.config_digest}, this run {config.shared_digest};"
-                " give both the same [episode], [tools], [rewards] and learner.group_size"
-            )
-            self._refuse("actors", peer, "wrong_config", detail)
-        else:
+    def _welcome(self, peer: bytes, hello: Hello | PullHello, *, now_s: float) -> None:
+        refusal = self._admission.refusal(hello, draining=self.draining)
+        if refusal is not None:
+            self._refuse("actors", peer, refusal.reason, refusal.detail)
+            return
+        if isinstance(hello, Hello):
             self.roster.hello(peer, hello, self.leases.live(hello.actor_id), now_s)
-            self._send("actors", peer, Welcome(run=self._run, heartbeat_s=config.hub.heartbeat_s))
+        else:
+            self.roster.pullers.add(peer)
+        self._send("actors", peer, Welcome(run=self._admission.run, heartbeat_s=self._config.hub.heartbeat_s))
+        if isinstance(hello, Hello):
             self._announce(peer)
 
     def _take_tree(self, peer: bytes, tree_id: str, frames: Sequence[Frame], *, at: float) -> None:

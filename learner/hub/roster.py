@@ -35,6 +35,8 @@ class Roster:
     def __init__(self, *, silence_limit_s: float) -> None:
         self._actors: dict[bytes, KnownActor] = {}
         self._silence_limit_s = silence_limit_s
+        self.pullers: set[bytes] = set()
+        """Those who only pull weights (relays): they play nothing, so nobody waits for them."""
 
     def hello(self, peer: bytes, hello: Hello, leases: set[str], now_s: float) -> None:
         """An actor introduced itself; the journal says it holds `leases`."""

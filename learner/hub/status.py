@@ -54,6 +54,8 @@ class HubStatus(Record):
     """Of the trees in the last two batches."""
     staleness_mean: float | None
     staleness_max: int | None
+    weights_served_bytes: int
+    """Weight objects handed out in chunks since this hub started."""
     waits: tuple[Wait, ...]
     refused: dict[str, int]
 
@@ -122,6 +124,7 @@ class StatusReporter:
             reward_mean=None if reward is None else round(real(reward), 6),
             staleness_mean=None if staleness is None else round(real(staleness), 6),
             staleness_max=worst if isinstance(worst, int) else None,
+            weights_served_bytes=hub.weights.served_bytes,
             waits=(*own, *(wait for actor in hub.roster.live(now_s) for wait in actor.waits)),
             refused=self._refused(),
         )

@@ -53,6 +53,8 @@ class WeightStore:
         """Version → Unix time."""
         self._available: tuple[WeightObject, ...] = ()
         self._unneeded: list[str] = []
+        self.served_bytes = 0
+        """Handed out in chunks since this hub started."""
         for row in journal.rows("SELECT version, digest, objects, published_at FROM publications ORDER BY seq"):
             self._add(Published(integer(row[0]), text(row[1]), _OBJECTS.validate_json(text(row[2]))), at=real(row[3]))
         self._forget_missing()
@@ -115,6 +117,7 @@ class WeightStore:
                 about=request.name,
             )
         stop = min(request.offset + request.size_bytes, entry.size_bytes)
+        self.served_bytes += stop - request.offset
         return Chunk(name=entry.name, offset=request.offset), self._map(entry.name)[request.offset : stop]
 
     def delete_old(self) -> list[str]:

@@ -139,6 +139,9 @@ class Children:
 
     def _actor_arguments(self, name: str, address: HubAddress) -> list[str]:
         place = ["--state", str(self.folder.path), "--actor-id", name]
+        weights = self.config.actor.weights
+        if weights.folder is None and weights.relay is None:  # the learner's files are here: no need to send them
+            place.append(f"actor.weights.folder={self.folder.weights.resolve()}")
         return ["actors", str(self.folder.config), "--hub", address.endpoint, *place]
 
     def _actor_threads(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from actors.engines.engine import EngineHealth, Generation, LoadReport
 from actors.weights.follow import Follower
 from actors.weights.shadow import Shadow
-from actors.weights.sources import HubSource, Source
+from actors.weights.sources import HubSource, Source, Sources
 from matpo.config import Sampling
 from protocols.delta import write_delta
 from protocols.messages import Chunk, ChunkRequest, Refuse, WeightObject, WeightsLoaded, WeightsReady
@@ -131,7 +131,7 @@ async def following(
     hub = Hub(shelf)
     with Shadow.open("test", memory=tmp_path) as shadow, anyio.fail_after(20):
         source = HubSource(hub, patience_s=patience_s, chunk_bytes=1024)
-        follower = hub.follower = Follower(shadow, engine=engine, hub=source, reports=hub, others=others)
+        follower = hub.follower = Follower(shadow, engine=engine, sources=Sources(source, others), reports=hub)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(follower.run)
             yield shelf, hub, engine, follower

@@ -17,7 +17,7 @@ import pytest
 
 from actors.weights.follow import Follower
 from actors.weights.shadow import PREFIX, Shadow, TurnLost
-from actors.weights.sources import HubSource
+from actors.weights.sources import HubSource, Sources
 from matpo.errors import UserError
 from protocols.weights import read_keyframe, weights_digest
 from tests.actors.weights.parts import HoldingEngine, Hub, Shelf
@@ -68,7 +68,7 @@ class Actors:
         self.followers = []
         for shadow, engine, hub in zip(self.shadows, self.engines, self.hubs, strict=True):
             source = HubSource(hub, chunk_bytes=1024)
-            hub.follower = Follower(shadow, engine=engine, hub=source, reports=hub)
+            hub.follower = Follower(shadow, engine=engine, sources=Sources(source), reports=hub)
             self.followers.append(hub.follower)
 
     @property
