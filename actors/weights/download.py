@@ -48,7 +48,7 @@ class Download:
     def __init__(
         self, wanted: WeightObject, path: Path, *, patience_s: float = CHUNK_PATIENCE_S, chunk_bytes: int = CHUNK_BYTES
     ) -> None:
-        """`path` is written anew."""
+        """`path` is written anew. Entering raises `OSError` when there is no room for the object."""
         self.wanted = wanted
         self.patience_s = patience_s
         self._path = path
@@ -62,6 +62,8 @@ class Download:
 
     def __enter__(self) -> Self:
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        # A lack of room shows here, and not in whoever happens to receive the chunk that does not fit.
+        os.posix_fallocate(self._descriptor, 0, max(self.wanted.size_bytes, 1))
         return self
 
     def __exit__(

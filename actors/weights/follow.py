@@ -117,7 +117,7 @@ class Follower:
             self.failures["engine"] += 1
             log.warning("engine took no weights", version=ready.version, reason=str(error))
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise UserError(
                 f"{str(self._shadow.folder)!r} has no room for two copies of the weights ({error.strerror});"

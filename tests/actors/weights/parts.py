@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import numpy as np
 
 from actors.engines.engine import EngineHealth, Generation, LoadReport
@@ -22,9 +23,10 @@ from protocols.weights import Tensor, Weights, weights_digest, write_keyframe
 ROWS = 300
 
 
-def weights_at(version: int) -> Weights:
+def weights_at(version: int, *, first_row: float = 0.0) -> Weights:
     """Weights that change in one row per version."""
     data = np.arange(ROWS * 10, dtype=np.float32).reshape(ROWS, 10).copy()
+    data[0] += first_row
     for row in range(version):
         data[row] += 1.0
     return {"w": Tensor("float32", data)}
@@ -33,17 +35,17 @@ def weights_at(version: int) -> Weights:
 class Shelf:
     """The weight store of a hub: files by name."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, first_row: float = 0.0) -> None:
         self.folder = folder
+        self.first_row = first_row
 
     def publish(self, version: int, *, delta: bool) -> WeightsReady:
-        target = weights_at(version)
+        target = weights_at(version, first_row=self.first_row)
         objects: list[WeightObject] = []
         if delta:
             path = self.folder / f"delta-{version}"
-            objects.append(
-                write_delta(path, weights_at(version - 1), target, base_version=version - 1, version=version)
-            )
+            base = weights_at(version - 1, first_row=self.first_row)
+            objects.append(write_delta(path, base, target, base_version=version - 1, version=version))
         objects.append(write_keyframe(self.folder / f"keyframe-{version}", target, version=version))
         return WeightsReady(version=version, digest=weights_digest(target), objects=tuple(objects))
 
@@ -116,6 +118,11 @@ class Hub:
 
     async def wait_connected(self) -> None:
         raise AssertionError("never away")
+
+    async def wait_failure(self, kind: str) -> None:
+        assert self.follower is not None
+        while not self.follower.failures[kind]:
+            await anyio.lowlevel.checkpoint()
 
     async def wait_reports(self, count: int) -> None:
         while len(self.reports) < count:

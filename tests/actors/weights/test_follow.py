@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 
 import anyio
@@ -9,7 +11,8 @@ import pytest
 
 from matpo.errors import UserError
 from protocols.messages import WeightsLoaded
-from tests.actors.weights.parts import following
+from protocols.weights import read_keyframe, weights_digest
+from tests.actors.weights.parts import Shelf, following
 
 
 async def test_a_keyframe_arrives_in_chunks_and_then_deltas_suffice(tmp_path: Path) -> None:
@@ -93,3 +96,46 @@ async def test_weights_of_another_model_end_the_actor_with_the_remedy(tmp_path: 
             follower.announce(shelf.publish(0, delta=False))
             await anyio.sleep_forever()
     assert caught.group_contains(UserError, match=r"model\.path")
+
+
+async def test_weights_of_another_learner_under_the_same_number_are_no_base(tmp_path: Path) -> None:
+    async with following(tmp_path) as (shelf, hub, engine, follower):
+        follower.announce(shelf.publish(5, delta=False))
+        await hub.wait_reports(1)
+        (tmp_path / "other").mkdir()
+        other = Shelf(tmp_path / "other", first_row=7.0)  # another run of this name, also at version 5
+        hub.shelf = other
+        hub.asked.clear()
+        ready = other.publish(6, delta=True)
+        follower.announce(ready)
+        await hub.wait_failure("broken")
+        follower.announce(ready)
+        await hub.wait_reports(2)
+        assert {request.name for request in hub.asked} == {"delta-6", "keyframe-6"}
+        assert engine.digests[6] == ready.digest and follower.failures == {"broken": 1}
+
+
+async def test_the_engine_gets_the_file_its_weights_are_mapped_from(tmp_path: Path) -> None:
+    async with following(tmp_path) as (shelf, hub, engine, follower):
+        follower.announce(shelf.publish(0, delta=False))
+        await hub.wait_reports(1)
+        follower.announce(shelf.publish(1, delta=True))
+        await hub.wait_reports(2)
+        assert engine.file is not None
+        assert weights_digest(read_keyframe(engine.file)) == engine.digests[1]
+
+
+async def test_no_room_for_the_weights_ends_the_actor_with_the_remedy(tmp_path: Path) -> None:
+    """A limit on file sizes stands in for a full disk."""
+    with pytest.raises(ExceptionGroup) as caught:
+        async with following(tmp_path) as (shelf, _, _, follower):
+            ready = shelf.publish(0, delta=False)
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            try:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+                follower.announce(ready)
+                await anyio.sleep_forever()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.group_contains(UserError, match=r"set actor\.weights\.memory")
