@@ -18,6 +18,7 @@ from typing import NoReturn
 import mcp_types as types
 import uvicorn
 import uvloop
+from mcp import MCPError
 from mcp.server import Server
 from mcp.server.context import ServerRequestContext
 from mcp.server.stdio import stdio_server
@@ -33,6 +34,10 @@ class BadCall(Exception):
     """What the caller did wrong and how to do it right; returned to it as a tool error."""
 
 
+class Unavailable(Exception):
+    """The tool could not do its work, whatever was asked: a protocol error, so that no caller is blamed for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What a tool answers: text for the model and, for programs, facts about the call (`_meta`)."""
@@ -40,6 +45,8 @@ class Reply:
     text: str
     meta: dict[str, JsonValue] | None = None
     is_error: bool = False
+    structured: dict[str, JsonValue] | None = None
+    """The same in parts, for programs (`structuredContent`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,7 @@ class ServedTool:
     parameters: dict[str, JsonValue]
     """JSON schema of the arguments."""
     call: Callable[[Arguments], Reply | Awaitable[Reply]]
-    """Raises `BadCall` for arguments it cannot use."""
+    """Raises `BadCall` for arguments it cannot use, and, unless it is quick, `Unavailable`."""
     quick: bool = False
     """It takes well under a millisecond, and `call` returns the reply itself."""
 
@@ -127,8 +134,13 @@ def _server(service: Service) -> Server[dict[str, object]]:
             reply = reply if isinstance(reply, Reply) else await reply
         except BadCall as error:
             reply = Reply(str(error), is_error=True)
+        except Unavailable as error:
+            raise MCPError(code=types.INTERNAL_ERROR, message=str(error)) from error
         return types.CallToolResult(
-            content=[types.TextContent(text=reply.text)], is_error=reply.is_error, _meta=reply.meta
+            content=[types.TextContent(text=reply.text)],
+            structured_content=reply.structured,
+            is_error=reply.is_error,
+            _meta=reply.meta,
         )
 
     server = Server(

@@ -1,173 +1,289 @@
-"""The code server: programs run, and stay in."""
+"""The code server: what comes back from a program, how it ended, and how calls share workers."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-from collections.abc import AsyncIterator
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
+import anyio
+import psutil
 import pytest
-import pytest_asyncio
+from mcp import Client, MCPError
 from pydantic import JsonValue
 
+from tests.tool_servers.sandboxes import HERE, SMALL, children, opened, spawn_server
 from tests.tool_servers.using import use
-from tool_servers.code.__main__ import report, run_python_tool
-from tool_servers.code.sandbox import Allowance, Finished, Pool, SandboxError, Tier, choose_sandbox
-from tool_servers.serving import BadCall
+from tool_servers.code.__main__ import main, report, run_python_tool
+from tool_servers.code.pool import Busy, Pool
+from tool_servers.code.sandbox import Allowance, Sandbox, SandboxError, Tier, choose_sandbox
+from tool_servers.code.worker import Finished, Worker
+from tool_servers.serving import BadCall, Unavailable
 
-LINES = 10_000
-
-
-def works(tier: Tier) -> bool:
-    try:
-        choose_sandbox(Allowance(), tier=tier, require_strict=False)
-    except SandboxError:
-        return False
-    return True
-
-
-TIERS: list[Tier] = [tier for tier in ("bubblewrap", "landlock") if works(tier)]
-
-
-@pytest_asyncio.fixture(params=TIERS)
-async def pool(request: pytest.FixtureRequest) -> AsyncIterator[Pool]:
-    allowance = Allowance(memory_bytes=256 * 2**20, disk_bytes=4 * 2**20)
-    pool = Pool(choose_sandbox(allowance, tier=request.param, require_strict=False), ahead=0, at_once=4)
-    async with asyncio.timeout(40), pool.open():
-        yield pool
+every_tier = pytest.mark.parametrize("tier", HERE)
 
 
 async def run(pool: Pool, program: str, timeout_s: float = 10.0) -> Finished:
-    return await pool.run(program, timeout_s=timeout_s, output_bytes=LINES)
+    return await pool.run(program, timeout_s=timeout_s)
 
 
 def test_at_least_one_tier_confines_programs_here() -> None:
-    assert TIERS != []
+    assert HERE != []
 
 
-async def test_output_the_last_value_and_errors_come_back(pool: Pool) -> None:
-    assert report(await run(pool, "x = 20\nprint('hi')\nx * 2 + 2")) == "hi\n42"
-    assert report(await run(pool, "None")) == "(no output)"
-    failed = await run(pool, "def f():\n    return 1 / 0\nf()")
-    assert failed.reason == "exit 1"
-    assert "    return 1 / 0" in failed.stderr
-    assert "inside.py" not in failed.stderr
-    assert (await run(pool, "import sys; sys.exit(3)")).reason == "exit 3"
-    assert "SyntaxError" in (await run(pool, "def")).stderr
-    assert (await run(pool, "import json, math, threading, decimal\nmath.comb(5, 2)")).stdout == "10\n"
+@every_tier
+async def test_output_the_last_value_and_errors_come_back(tier: Tier) -> None:
+    async with opened(tier) as pool:
+        done = await run(pool, "x = 20\nprint('hi')\nx * 2 + 2")
+        assert (done.stdout, done.value, done.stderr, done.reason) == ("hi\n", "42", "", "ok")
+        assert report(done) == "hi\n42"
+        assert report(await run(pool, "None")) == "(no output)"
+        assert (await run(pool, "x = 3")).value == ""
+        failed = await run(pool, "def f():\n    return 1 / 0\nf()")
+        assert failed.reason == "exception"
+        assert "    return 1 / 0" in failed.stderr
+        assert "worker.py" not in failed.stderr
+        assert "SyntaxError" in (await run(pool, "def")).stderr
+        assert (await run(pool, "import json, math, threading, decimal\nmath.comb(5, 2)")).value == "10"
+        assert (await run(pool, "'\\ud800', '\u00e9\u4e2d'")).value == "('\\ud800', '\u00e9\u4e2d')"
+        assert (await run(pool, "input()")).stderr.endswith("EOFError: EOF when reading a line\n")
 
 
-REFUSED = ("PermissionError", "FileNotFoundError", "OSError", "BlockingIOError")
+@every_tier
+async def test_an_exit_code_is_told_and_zero_is_well(tier: Tier) -> None:
+    async with opened(tier) as pool:
+        done = await run(pool, "import sys; sys.exit(3)")
+        assert (done.reason, done.detail) == ("exit", "exit code 3")
+        assert (await run(pool, "import sys; print(1); sys.exit()")).reason == "ok"
+        said = await run(pool, "raise SystemExit('no such thing')")
+        assert (said.reason, said.stderr) == ("exit", "no such thing\n")
+        silent = await run(pool, "import os; os._exit(0)")
+        assert (silent.reason, silent.detail) == ("exit", "exit code 0, without an end of its own")
 
 
-@pytest.mark.parametrize(
-    "attempt",
-    [
-        "open('/etc/shadow').read()",
-        "open('/etc/passwd').read()",
-        f"open({str(Path(__file__).resolve())!r}).read()",
-        "open('/proc/1/environ').read() and open('/proc/%d/environ' % __import__('os').getppid()).read() and 1/0",
-        "open('/usr/escaped', 'w')",
-        "open('/escaped', 'w')",
-        "open('/dev/shm/escaped', 'w')",
-        "import socket; socket.socket()",
-        "import socket; socket.create_connection(('127.0.0.1', 22), 1)",
-        "import urllib.request; urllib.request.urlopen('http://1.1.1.1', timeout=1)",
-        "import os; os.fork()",
-        "import os; os.posix_spawn('/bin/sh', ['sh'], {})",
-        "import os; os.execv('/bin/sh', ['sh', '-c', 'id'])",
-        "import subprocess; subprocess.run(['/bin/ls'])",
-        "import os, signal; os.kill(os.getppid(), signal.SIGKILL)",
-        "import os, signal; os.kill(-1, signal.SIGKILL)",
-        "import resource; resource.prlimit(__import__('os').getppid(), resource.RLIMIT_CPU, (0, 0))",
-        "import os; os.unshare(os.CLONE_NEWUSER) if hasattr(os, 'unshare') else open('/no')",
-        "import os; os.chroot('/tmp')",
-    ],
-)
-async def test_an_escape_is_refused_and_the_server_lives(pool: Pool, attempt: str) -> None:
-    done = await run(pool, attempt)
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.reason == "exit 1"
-    # Inside a private process namespace /proc shows only the sandbox itself; reading that is no escape.
-    assert last.startswith((*REFUSED, "urllib.error.URLError", "ZeroDivisionError")), last
-    assert (await run(pool, "1")).stdout == "1\n"
-
-
-async def test_nothing_of_the_servers_environment_is_inherited(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
-    done = await run(
-        pool, "import os; print(sorted(os.environ)); print([f for f in range(3, 64) if os.path.exists(f)])"
-    )
-    assert "SECRET" not in done.stdout
-    assert done.reason == "ok"
-
-
+@every_tier
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
-        ("bytearray(10**9)", "exit 1"),
-        ("x = []\nwhile True: x.append(bytearray(10**6))", "exit 1"),
-        ("import threading\nwhile True: threading.Thread(target=threading.Event().wait).start()", "exit 1"),
-        ("while True: print('x' * 1000)", "output limit"),
-        ("import os\nwhile True: os.write(2, b'x' * 65536)", "output limit"),
-        ("open('big', 'wb').write(b'x' * 10**7)", "exit 1"),
-        ("import ctypes; ctypes.string_at(0)", "killed by SIGSEGV"),
+        ("bytearray(10**9)", "memory"),
+        ("x = []\nwhile True: x.append(bytearray(10**6))", "memory"),
+        ("while True: print('x' * 1000)", "output"),
+        ("while True: pass", "timeout"),
+        ("import ctypes; ctypes.string_at(0)", "killed"),
     ],
 )
-async def test_a_program_that_takes_too_much_ends_with_the_reason(pool: Pool, program: str, reason: str) -> None:
-    done = await run(pool, program)
-    assert done.reason.startswith(reason)
-    assert len(done.stdout) + len(done.stderr) <= LINES
+async def test_a_program_that_takes_too_much_ends_with_the_reason(tier: Tier, program: str, reason: str) -> None:
+    async with opened(tier) as pool:
+        done = await run(pool, program, timeout_s=2)
+        assert done.reason == reason
+        assert done.detail in report(done)
+        assert len(done.stdout) + len(done.stderr) + len(done.value) <= SMALL.output_bytes
 
 
-@pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)", "import signal\n"
-                                     "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nsignal.pause()"])  # fmt: skip
-async def test_a_program_that_does_not_end_is_killed_with_all_it_holds(pool: Pool, program: str) -> None:
-    done = await run(pool, program, timeout_s=0.3)
-    assert done.reason == "timeout: it ran longer than 0.3 s and was killed"
-    assert done.seconds < 5
+@every_tier
+async def test_a_long_value_is_cut_and_says_so(tier: Tier) -> None:
+    async with opened(tier) as pool:
+        done = await run(pool, "print('x' * 4_000)\n'y' * 10_000_000")
+        assert (done.reason, done.truncated) == ("ok", True)
+        assert len(done.stdout) + len(done.value) == SMALL.output_bytes
+        assert report(done).endswith("\n[the output was too long and is cut]")
 
 
-async def test_workers_are_used_once_and_started_ahead() -> None:
-    sandbox = choose_sandbox(Allowance(), tier=None, require_strict=False)
-    pool = Pool(sandbox, ahead=2, at_once=4)
-    async with asyncio.timeout(30), pool.open():
-        results = await asyncio.gather(*(pool.run(f"leak = {n}\n'leak' in globals() and {n}", timeout_s=10,
-                                                  output_bytes=LINES) for n in range(8)))  # fmt: skip
-        assert [done.stdout for done in results] == [f"{n}\n" if n else "0\n" for n in range(8)]
-        again = await pool.run("leak", timeout_s=10, output_bytes=LINES)
-        assert "NameError" in again.stderr
+@every_tier
+async def test_nothing_is_left_for_the_next_call(tier: Tier) -> None:
+    async with opened(tier) as pool:
+        await run(pool, "import builtins; builtins.leak = 1")
+        await run(pool, "open('/tmp/leak', 'w').close()")
+        assert (await run(pool, "leak")).reason == "exception"
+        assert (await run(pool, "import os; os.path.exists('/tmp/leak')")).value == "False"
+
+
+async def test_packages_and_preloaded_modules_are_there_only_when_allowed() -> None:
+    folder = str(Path(anyio.__file__).parents[1])
+    with anyio.fail_after(40):
+        for tier in HERE:
+            allowance = Allowance(packages=(folder,), preload=("json", "idna"))
+            pool = Pool(choose_sandbox(allowance, tier=tier), ahead=0, at_once=1)
+            async with pool.open():
+                assert (await run(pool, "import sys; 'idna' in sys.modules")).value == "True"
+            with pytest.raises(SandboxError, match="No module named 'no_such_module'"):
+                choose_sandbox(Allowance(preload=("no_such_module",)), tier=tier)
+
+
+async def test_workers_are_started_ahead_used_once_and_replaced() -> None:
+    pool = Pool(choose_sandbox(SMALL), ahead=2, at_once=4)
+    results: list[str] = []
+
+    async def call(number: int) -> None:
+        results.append((await run(pool, f"leak = {number}\n'leak' in globals() and {number}")).value)
+
+    with anyio.fail_after(40):
+        async with pool.open():
+            async with anyio.create_task_group() as calls:
+                for number in range(8):
+                    calls.start_soon(call, number)
+            assert sorted(results) == [str(number) for number in range(8)]
+            assert "NameError" in (await run(pool, "leak")).stderr
+    assert children() == []
+
+
+async def test_a_call_that_finds_no_free_worker_in_time_is_busy_and_the_next_one_runs() -> None:
+    pool = Pool(choose_sandbox(SMALL), ahead=0, at_once=1, wait_s=0.2)
+    with anyio.fail_after(40):
+        async with pool.open(), anyio.create_task_group() as calls:
+            calls.start_soon(run, pool, "while True: pass", 60.0)
+            await anyio.wait_all_tasks_blocked()
+            with pytest.raises(Busy, match=r"busy: 1 programs run and none ended within 0.2 s"):
+                await run(pool, "1")
+            calls.cancel_scope.cancel()
+        async with pool.open():
+            assert (await run(pool, "1")).value == "1"
+
+
+async def test_under_load_every_call_is_answered_or_refused_in_time() -> None:
+    pool = Pool(choose_sandbox(SMALL), ahead=1, at_once=2, wait_s=0.5)
+    answers: list[str] = []
+
+    async def call() -> None:
+        try:
+            answers.append((await run(pool, "import time; time.sleep(0.3)")).reason)
+        except Busy:
+            answers.append("busy")
+
+    with anyio.fail_after(40):
+        async with pool.open(), anyio.create_task_group() as calls:
+            for _ in range(30):
+                calls.start_soon(call)
+    assert len(answers) == 30
+    assert set(answers) == {"ok", "busy"}
+
+
+async def test_a_cancelled_call_takes_its_worker_with_it() -> None:
+    pool = Pool(choose_sandbox(SMALL), ahead=0, at_once=1)
+    with anyio.fail_after(40):
+        async with pool.open():
+            with anyio.move_on_after(0.5) as limit:
+                await run(pool, "while True: pass", timeout_s=30)
+            assert limit.cancelled_caught
+            assert children() == []
+            assert (await run(pool, "1")).value == "1"
+
+
+async def test_a_worker_killed_from_outside_costs_its_call_only() -> None:
+    results: list[Finished] = []
+
+    async def call(worker: Worker) -> None:
+        results.append(await worker.run("while True: pass", timeout_s=30))
+
+    with anyio.fail_after(40):
+        worker = await Worker.start(choose_sandbox(SMALL))
+        async with anyio.create_task_group() as calls:
+            calls.start_soon(call, worker)
+            await anyio.wait_all_tasks_blocked()
+            for process in children():
+                # A part may be gone already, with the part it belongs to.
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        assert (results[0].reason, results[0].detail) == ("killed", "it was killed by SIGKILL")
+
+
+async def test_a_worker_killed_while_it_waits_costs_one_call_at_most() -> None:
+    pool = Pool(choose_sandbox(SMALL), ahead=1, at_once=1)
+    with anyio.fail_after(40):
+        async with pool.open():
+            await run(pool, "1")
+            for process in children():
+                # A part may be gone already, with the part it belongs to.
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            assert (await run(pool, "2")).reason in ("ok", "killed")
+            assert [(await run(pool, "2")).value for _ in range(3)] == ["2", "2", "2"]
+
+
+async def test_a_sandbox_that_cannot_start_is_the_error_of_that_call_only() -> None:
+    broken = Pool(Sandbox("bubblewrap", SMALL, Path("/bin/false")), ahead=1, at_once=1)
+    tool = run_python_tool(broken, Sandbox("bubblewrap", SMALL), timeout_s=5)
+    with anyio.fail_after(20):
+        async with broken.open():
+            for _ in range(3):
+                with pytest.raises(Unavailable, match="a sandbox did not start: it ended without a word"):
+                    await use(tool, {"code": "1"})
 
 
 async def test_the_tool_checks_its_arguments_and_names_its_tier() -> None:
-    sandbox = choose_sandbox(Allowance(), tier=None, require_strict=False)
+    sandbox = choose_sandbox(Allowance(longest_s=10))
     pool = Pool(sandbox, ahead=0, at_once=1)
-    tool = run_python_tool(pool, sandbox.tier, timeout_s=5, longest_s=10, output_bytes=LINES)
-    async with asyncio.timeout(30), pool.open():
-        reply = await use(tool, {"code": "1 + 1"})
-        assert (reply.text, reply.is_error) == ("2", False)
-        assert reply.meta is not None
-        assert reply.meta["sandbox"] == sandbox.tier
-        wrong: list[dict[str, JsonValue]] = [{}, {"code": ""}, {"code": "1", "timeout_s": 11}]
-        for bad in wrong:
-            with pytest.raises(BadCall):
-                await use(tool, bad)
+    tool = run_python_tool(pool, sandbox, timeout_s=5)
+    with anyio.fail_after(40):
+        async with pool.open():
+            reply = await use(tool, {"code": "print('a')\n1 + 1"})
+            assert (reply.text, reply.is_error) == ("a\n2", False)
+            assert reply.meta is not None
+            assert reply.meta["sandbox"] == sandbox.tier
+            assert reply.structured == {
+                "reason": "ok", "detail": "", "stdout": "a\n", "stderr": "", "value": "2", "truncated": False,
+            }  # fmt: skip
+            assert (await use(tool, {"code": "1/0"})).is_error
+            wrong: list[dict[str, JsonValue]] = [{}, {"code": ""}, {"code": "1", "timeout_s": 11}]
+            wrong.append({"code": "1" * 1_000_001})
+            for bad in wrong:
+                with pytest.raises(BadCall):
+                    await use(tool, bad)
+
+
+def test_packages_where_programs_have_their_own_files_are_refused() -> None:
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as folder,
+        pytest.raises(SandboxError, match=r"bubblewrap: '/tmp/.*' lies in /tmp, which programs get empty"),
+    ):
+        choose_sandbox(Allowance(packages=(folder,)), tier="bubblewrap")
 
 
 def test_strict_refuses_the_weaker_tier() -> None:
-    with pytest.raises(SandboxError, match="landlock: not strict"):
+    with pytest.raises(SandboxError, match="landlock: refused, it is not strict"):
         choose_sandbox(Allowance(), tier="landlock", require_strict=True)
 
 
-def test_no_sandbox_outlives_its_pool() -> None:
-    sandbox = choose_sandbox(Allowance(), tier=None, require_strict=False)
-    pool = Pool(sandbox, ahead=3, at_once=4)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--timeout", "0"], "--timeout 0.0: must be above 0"),
+        (["--ahead", "-1"], "--ahead -1: must not be negative"),
+        (["--timeout", "20", "--max-timeout", "10"], "--timeout 20 is above --max-timeout 10"),
+        (["--tier", "landlock", "--require-strict"], "landlock: refused, it is not strict"),
+    ],
+)
+def test_bad_options_are_one_line(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", *options])
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert words in said
+    assert said.count("\n") == 1
 
-    async def use() -> None:
-        async with asyncio.timeout(30), pool.open():
-            await pool.run("1", timeout_s=10, output_bytes=LINES)
 
-    asyncio.run(use())
-    children = Path(f"/proc/self/task/{os.getpid()}/children")
-    assert children.read_text().split() == []
+def test_check_says_what_works_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["bubblewrap", "landlock"]
+    assert [line.split(":")[0] for line in lines if "works" in line] == HERE
+
+
+async def test_a_busy_server_fails_the_call_for_any_client_and_a_cancelled_call_frees_it() -> None:
+    server = spawn_server("--at-once", "1", "--wait", "0.3", "--ahead", "0")
+    with anyio.fail_after(60):
+        async with Client(server) as client:
+            assert (await client.call_tool("run_python", {"code": "1"})).structured_content is not None
+            async with anyio.create_task_group() as calls:
+                calls.start_soon(client.call_tool, "run_python", {"code": "while True: pass", "timeout_s": 50})
+                # The first of the two in line gets the worker.
+                await anyio.wait_all_tasks_blocked()
+                with pytest.raises(MCPError, match=r"busy: 1 programs run and none ended within 0.3 s"):
+                    await client.call_tool("run_python", {"code": "1"})
+                calls.cancel_scope.cancel()
+            done = await client.call_tool("run_python", {"code": "6 * 7"})
+            assert done.structured_content is not None
+            assert done.structured_content["value"] == "42"
+            processes = psutil.Process().children(recursive=True)
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert alive == []

