@@ -73,7 +73,8 @@ async def run_actor(place: Place) -> None:
         )
         welcome = await greet(client, hello, deadline_s=place.patience_s)
         engine_log = place.state / "logs" / f"{place.actor_id}-engine.log"
-        engine = await enter(open_engine(model_folder(config.model), config.actor.engine, seed=seed, log=engine_log))
+        model, lora = model_folder(config.model), config.model.lora
+        engine = await enter(open_engine(model, config.actor.engine, lora=lora, seed=seed, log=engine_log))
         tools = await enter(ToolPlane.open(config.tools, variables=tool_variables(config, folder=folder / "world")))
         stage = Stage.open(config, engine=engine, tools=tools, actor_id=place.actor_id)
         player = Player(

@@ -21,13 +21,15 @@ from actors.failure import user_error
 from actors.scene import Stage
 from actors.setting import tool_variables
 from actors.tools.plane import ToolPlane
-from matpo.config import Config
+from matpo.adapters import read_adapter
+from matpo.config import Config, Model
 from matpo.datasets.load import load_tasks
 from matpo.errors import UserError, run_command
 from matpo.load import load_config
 from matpo.logs import configure_logs
 from matpo.model_files import model_folder, require_model_files
 from protocols.records import EpisodeTree, Task
+from protocols.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +74,10 @@ def lines_by(trees: Sequence[EpisodeTree], key: str) -> dict[str, Line]:
 
 
 async def play_all(
-    config: Config, tasks: Sequence[Task], *, repeats: int, played: Callable[[], object]
+    config: Config, tasks: Sequence[Task], *, weights: Weights, repeats: int, played: Callable[[], object]
 ) -> list[EpisodeTree]:
-    """Play every task `repeats` times with the model of the config; `played` is called after every episode."""
-    model = model_folder(config.model)
+    """Play every task `repeats` times with these weights; `played` is called after every episode."""
+    model, lora = model_folder(config.model), config.model.lora
     trees: list[EpisodeTree] = []
     limiter = anyio.CapacityLimiter(config.actor.concurrency)
 
@@ -90,12 +92,12 @@ async def play_all(
     with tempfile.TemporaryDirectory(prefix="matpo-eval-") as folder:
         variables = tool_variables(config, folder=Path(folder))
         async with (
-            open_engine(model, config.actor.engine, seed=config.run.seed) as engine,
+            open_engine(model, config.actor.engine, lora=lora, seed=config.run.seed) as engine,
             ToolPlane.open(config.tools, variables=variables) as tools,
         ):
             stage = Stage.open(config, engine=engine, tools=tools, actor_id="eval")
             try:
-                await engine.load(read_model_weights(model), version=0)
+                await engine.load(weights, version=0)
             except ValueError as error:
                 raise UserError(f"model {str(model)!r}: {error}") from error
             async with anyio.create_task_group() as episodes:
@@ -103,6 +105,17 @@ async def play_all(
                     for task in tasks:
                         episodes.start_soon(play, task, episode)
     return trees
+
+
+def chosen_weights(model: Model, adapter: Path | None) -> Weights:
+    """Those of the model's folder, or of an adapter's where the config has `model.lora`. Raises `UserError`."""
+    if model.lora is None:
+        if adapter is not None:
+            raise UserError(f"--adapter {str(adapter)!r} needs model.lora in the config: rank, alpha, target_modules")
+        return read_model_weights(model_folder(model))
+    if adapter is None:
+        raise UserError("the config has model.lora: give the adapter with --adapter FOLDER, or remove model.lora")
+    return read_adapter(adapter, model.lora)
 
 
 def print_lines(trees: Sequence[EpisodeTree], *, repeats: int, console: Console) -> None:
@@ -139,6 +152,7 @@ def run() -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example evaluation.temperature=1.0")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder instead of model.path")
+    parser.add_argument("--adapter", type=Path, help="a PEFT folder, for a config with model.lora")
     parser.add_argument("--repeats", type=int, default=1, metavar="K", help="episodes per question (mean@K)")
     given = parser.parse_intermixed_args()
     chosen = [] if given.model is None else [f"model.path={given.model}"]
@@ -149,13 +163,16 @@ def run() -> int:
     tasks = load_tasks(config.data.evaluation, seed=config.run.seed)[: config.evaluation.questions]
     if not tasks:
         raise UserError(f"there is nothing to play: evaluation.questions = {config.evaluation.questions}")
+    weights = chosen_weights(config.model, given.adapter)
     configure_logs(None, component="eval")
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("episodes", total=given.repeats * len(tasks))
 
         async def play() -> list[EpisodeTree]:
-            return await play_all(config, tasks, repeats=given.repeats, played=lambda: progress.advance(bar))
+            return await play_all(
+                config, tasks, weights=weights, repeats=given.repeats, played=lambda: progress.advance(bar)
+            )
 
         try:
             trees = anyio.run(play, backend_options={"use_uvloop": True})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import orjson
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -42,10 +42,32 @@ class Run(Section):
     """Optimizer steps."""
 
 
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+
+
+class Lora(Section):
+    """Low-rank adapters: the weights that travel are A and B of W + (alpha / rank) · B A, everything else is frozen."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    target_modules: tuple[Projection, ...] = PROJECTIONS
+    """Projections of every layer that are adapted."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _named_once(cls, value: tuple[Projection, ...]) -> tuple[Projection, ...]:
+        if not value or len(set(value)) < len(value):
+            raise ValueError("target_modules must name at least one projection, and none twice")
+        return value
+
+
 class Model(Section):
     """The language model: a Hugging Face folder."""
 
     path: Path
+    lora: Lora | None = None
+    """Train and serve an adapter of the model instead of all its weights."""
     chat_template: Path | None = None
     """A jinja file used instead of the tokenizer's own template."""
 
@@ -319,9 +341,21 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _adapters_served(self) -> Config:
+        engine = self.actor.engine
+        if self.model.lora is not None and isinstance(engine, SglangEngine):
+            if engine.handover != "disk":
+                raise ValueError('model.lora is served from folders; set actor.engine.handover = "disk"')
+            if engine.router is not None:
+                raise ValueError("model.lora is not served behind a router; name the servers in actor.engine.urls")
+            if engine.swap != "retract":
+                raise ValueError("with model.lora nothing is swapped under a request; remove actor.engine.swap")
+        return self
+
     @property
     def shared_digest(self) -> str:
         """Digest of what actors and learner must agree on, exchanged when an actor says hello."""
-        parts = [self.episode, self.tools, self.rewards, self.learner.group_size]
+        parts = [self.episode, self.tools, self.rewards, self.learner.group_size, self.model.lora]
         content = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
         return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]

@@ -45,7 +45,8 @@ class SglangEngine(Section):
     """For each of them the GPUs it gets, `tensor_parallel` in number, as positions in CUDA_VISIBLE_DEVICES where that
     is set; empty: the first ones in order."""
     urls: tuple[str, ...] = ()
-    """http://HOST:PORT of running servers; they must see `scratch` under the same path. Then the actor starts none."""
+    """http://HOST:PORT of running servers, which with `handover` = "disk" must see `scratch` under the same path. Then
+    the actor starts none."""
     router: str | None = None
     """http://HOST:PORT of a running smg or sglang-router in front of such servers; they come and go with it."""
     python: str = "python3"
@@ -70,6 +71,13 @@ class SglangEngine(Section):
     """After every update, compare the server's checksums with those of the weights it was given (CPU servers only)."""
     stream_tokens: int = Field(default=0, ge=0)
     """Report sampled tokens every so many, so that little is sampled again if the server dies; 0: only at the end."""
+    handover: Literal["disk", "collective"] = "disk"
+    """How weights reach the servers: as files they see under the same path, or broadcast through torch.distributed."""
+    sender_address: str = "127.0.0.1"
+    """`collective` only: where the servers reach this machine."""
+    sender_backend: Literal["gloo", "nccl"] | None = None
+    """`collective` only. None: gloo to CPU servers, nccl to CUDA servers. With nccl the sender uses the first GPU it
+    sees, which must not be one of a server's."""
     scratch: Path | None = None
     """Where weights are handed to the server; None: /dev/shm, or the system's temporary folder."""
     start_timeout_s: float = Field(default=600.0, gt=0)
@@ -85,7 +93,8 @@ class SglangEngine(Section):
         if self.urls and self.router is not None:
             raise ValueError("actor.engine.urls and actor.engine.router exclude each other: a router knows its servers")
         if addresses:
-            given = self.model_dump(include=set(STARTING))
+            # The senders of `collective` need the interpreter too.
+            given = self.model_dump(include=set(STARTING) - ({"python"} if self.handover == "collective" else set()))
             idle = sorted(name for name, value in given.items() if value != type(self).model_fields[name].default)
             if idle:
                 raise ValueError(f"actor.engine: {idle} have no effect on servers that somebody else starts")
@@ -113,10 +122,21 @@ class SglangEngine(Section):
         """Whether another actor with these settings would get in the way."""
         return bool(self.urls) or self.router is not None or self.device == "cuda"
 
+    @model_validator(mode="after")
+    def _sender_used(self) -> Self:
+        if self.handover == "disk" and (self.sender_address != "127.0.0.1" or self.sender_backend is not None):
+            raise ValueError('actor.engine: sender_address and sender_backend have no effect with handover = "disk"')
+        return self
+
+    @property
+    def backend(self) -> Literal["gloo", "nccl"]:
+        """Of the process groups of `collective`."""
+        return self.sender_backend or ("gloo" if self.device == "cpu" else "nccl")
+
     @property
     def attested(self) -> bool:
-        """Whether checksums are compared: those of CUDA servers, and of parts of tensors, are of another make."""
-        return self.attest and self.device == "cpu" and self.tensor_parallel == 1
+        """Whether checksums are compared: those of CUDA servers are of another make."""
+        return self.attest and self.device == "cpu"
 
 
 Engine = Annotated[EmbeddedEngine | SglangEngine, Field(discriminator="kind")]

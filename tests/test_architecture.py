@@ -16,7 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tool_servers": set(),
 }
 TORCH_ROOMS = ("learner/trainer/", "learner/warmstart/", "actors/engines/embedded/")
-TORCH_FILES = ("matpo/objective.py", "learner/smollm2.py")
+TORCH_FILES = ("matpo/objective.py", "learner/smollm2.py", "actors/engines/sglang/sender.py")
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
 

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 from actors.engines.engine import Engine
 from matpo.config import Engine as Settings
+from matpo.config import Lora
 from matpo.errors import UserError
 
 KINDS: Mapping[Literal["embedded", "sglang"], tuple[str, str, str]] = {
@@ -21,16 +22,17 @@ KINDS: Mapping[Literal["embedded", "sglang"], tuple[str, str, str]] = {
 
 class _Openable(Protocol):
     def open(
-        self, folder: Path, settings: Settings, *, seed: int, log: Path | None
+        self, folder: Path, settings: Settings, *, lora: Lora | None, seed: int, log: Path | None
     ) -> AbstractAsyncContextManager[Engine]: ...
 
 
 def open_engine(
-    folder: Path, settings: Settings, *, seed: int, log: Path | None = None
+    folder: Path, settings: Settings, *, lora: Lora | None = None, seed: int, log: Path | None = None
 ) -> AbstractAsyncContextManager[Engine]:
     """The engine of `settings.kind` on the model in `folder`; weights come with the first `load`.
 
-    `log` receives what a server of the engine's own prints.
+    With `lora` they are the tensors of such an adapter (`matpo.adapters`). `log` receives what a server of the
+    engine's own prints.
 
     Entering raises `UserError` for a model, a device or a server that cannot be used; so does this call when the
     engine's libraries are not installed.
@@ -44,4 +46,4 @@ def open_engine(
         raise UserError(
             f"actor.engine.kind {settings.kind!r} needs the package {error.name!r}; run {install}"
         ) from error
-    return engine.open(folder, settings, seed=seed, log=log)
+    return engine.open(folder, settings, lora=lora, seed=seed, log=log)

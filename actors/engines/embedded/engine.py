@@ -11,6 +11,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -20,14 +21,15 @@ import torch
 
 from actors.engines.embedded.architecture import Architecture, read_architecture, read_end_tokens
 from actors.engines.embedded.batch import Request
-from actors.engines.embedded.parameters import load_parameters
+from actors.engines.embedded.merge import Adapted
+from actors.engines.embedded.parameters import Parameters, load_parameters
 from actors.engines.embedded.worker import Abandon, Stop, Submit, Swap, Worker
 from actors.engines.engine import EngineFailure, EngineHealth, Generation, LoadReport
 from matpo.config import EmbeddedEngine as Settings
-from matpo.config import Sampling
+from matpo.config import Lora, Sampling
 from matpo.errors import UserError
 from protocols.records import Tokens
-from protocols.weights import Weights
+from protocols.weights import Weights, weights_digest
 
 TORCH_TYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SWITCH_INTERVAL_S = 0.0005
@@ -40,8 +42,9 @@ SWAP_DEADLINE_S = 60.0
 class EmbeddedEngine:
     """Implements `actors.engines.engine.Engine` for one Llama, Qwen2 or Qwen3 model on this machine."""
 
-    def __init__(self, architecture: Architecture, settings: Settings, worker: Worker) -> None:
+    def __init__(self, architecture: Architecture, settings: Settings, worker: Worker, adapted: Adapted | None) -> None:
         self._architecture = architecture
+        self._adapted = adapted
         self._settings = settings
         self._worker = worker
         self._version = -1
@@ -49,21 +52,25 @@ class EmbeddedEngine:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, folder: Path, settings: Settings, *, seed: int, log: Path | None = None) -> AsyncIterator[Self]:
+    async def open(
+        cls, folder: Path, settings: Settings, *, lora: Lora | None = None, seed: int, log: Path | None = None
+    ) -> AsyncIterator[Self]:
         """Read the architecture from `folder` and start the thread; weights come with the first `load`.
 
-        `log` is for engines that are processes of their own; this one prints nothing.
+        With `lora` they are an adapter's, and every load adds it into a copy of the model's own. `log` is for engines
+        that are processes of their own; this one prints nothing.
         Raises `UserError` for a model this engine cannot run or a device torch does not have.
         """
         architecture = read_architecture(folder, context=settings.max_context_tokens)
         ends = read_end_tokens(folder, architecture)
+        adapted = None if lora is None else Adapted.of(folder, lora)
         torch.set_num_threads(settings.threads)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         worker = _worker(architecture, settings, ends=ends, seed=seed)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(anyio.to_thread.run_sync, worker.run, name="embedded engine")
             try:
-                yield cls(architecture, settings, worker)
+                yield cls(architecture, settings, worker, adapted)
             finally:
                 worker.mail.put(Stop())
 
@@ -107,11 +114,8 @@ class EmbeddedEngine:
         Raises `ValueError` when the tensors do not fit the model, `EngineFailure` when the device has no room for both;
         the old weights then stay.
         """
-        device, dtype = torch.device(self._settings.device), TORCH_TYPES[self._settings.dtype]
         try:
-            parameters = await anyio.to_thread.run_sync(
-                lambda: load_parameters(self._architecture, weights, device=device, dtype=dtype)
-            )
+            parameters = await anyio.to_thread.run_sync(self._build, weights)
         except (RuntimeError, MemoryError) as error:
             reason = str(error).splitlines()[0]
             raise EngineFailure(f"the embedded engine took no weights of version {version}: {reason}") from error
@@ -140,6 +144,13 @@ class EmbeddedEngine:
             prompt_tokens=worker.prompt_tokens,
             cached_tokens=worker.cached_tokens,
         )
+
+    def _build(self, weights: Weights) -> Parameters:
+        device, dtype = torch.device(self._settings.device), TORCH_TYPES[self._settings.dtype]
+        whole = weights if self._adapted is None else self._adapted.merged(weights)
+        parameters = load_parameters(self._architecture, whole, device=device, dtype=dtype)
+        # An adapter cannot be read back out of the sum: its digest is that of what was received.
+        return parameters if self._adapted is None else replace(parameters, digest=weights_digest(weights))
 
     def _check(self, tokens: Tokens) -> None:
         if not len(tokens):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from actors.engines.embedded.architecture import Architecture
+from matpo.adapters import check_shapes
 from protocols.weights import Tensor, WeightDtype, Weights, weights_digest
 
 
@@ -49,8 +50,8 @@ def load_parameters(
     Raises `ValueError` naming the first tensor that is missing, unknown or of another shape.
     """
     shapes = architecture.shapes()
-    _check(shapes, weights)
-    loaded = {name: _to_torch(weights[name]).to(device=device, dtype=dtype) for name in shapes}
+    check_shapes(weights, shapes)
+    loaded = {name: to_torch(weights[name]).to(device=device, dtype=dtype) for name in shapes}
     layers = tuple(_fuse(architecture, loaded, index) for index in range(architecture.num_hidden_layers))
     embedding = loaded["model.embed_tokens.weight"]
     head = embedding if architecture.tie_word_embeddings else loaded["lm_head.weight"]
@@ -65,16 +66,8 @@ def load_parameters(
     return Parameters(embedding, layers, norm, head, weights_digest(held))
 
 
-def _check(shapes: dict[str, tuple[int, ...]], weights: Weights) -> None:
-    missing, unknown = sorted(set(shapes) - set(weights)), sorted(set(weights) - set(shapes))
-    if missing or unknown:
-        raise ValueError(f"weights do not fit the model: missing {missing[:3]}, unknown {unknown[:3]}")
-    for name, shape in shapes.items():
-        if weights[name].data.shape != shape:
-            raise ValueError(f"weights do not fit the model: {name} is {weights[name].data.shape}, expected {shape}")
-
-
-def _to_torch(tensor: Tensor) -> torch.Tensor:
+def to_torch(tensor: Tensor) -> torch.Tensor:
+    """On the CPU, in the tensor's own type."""
     # A copy: the received bytes may be read-only, and torch must not share them.
     copied = torch.from_numpy(np.array(tensor.data))
     return copied.view(torch.bfloat16) if tensor.dtype == "bfloat16" else copied

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, Literal, Self, TypeVar
@@ -39,12 +39,36 @@ class _Success(BaseModel):
 
     success: bool = True
     message: str = ""
+    error_message: str = ""
+
+
+class _Placement(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    tp_rank: int
 
 
 class _Rank(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     checksums: dict[str, str]
+    parallelism_info: list[_Placement] = []
+
+    @property
+    def number(self) -> int:
+        return self.parallelism_info[0].tp_rank if self.parallelism_info else 0
+
+
+class _Named(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    id: str
+
+
+class _Models(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    data: list[_Named]
 
 
 class _Checksums(BaseModel):
@@ -108,6 +132,8 @@ class Request:
     cache_key: str
     """Keys and values are shared only between requests with the same key."""
     stream_tokens: int
+    adapter: str = ""
+    """Name of the adapter to sample with; empty: the server's weights alone."""
     routing_key: str = ""
     """A router sends requests of one key to one server; plain letters and digits. Empty: as it likes."""
 
@@ -144,6 +170,8 @@ class Request:
             "extra_key": self.cache_key,
             "stream": self.stream_tokens > 0,
         }
+        if self.adapter:
+            content["lora_path"] = self.adapter
         return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
@@ -206,18 +234,26 @@ class SglangClient:
             "abort_all_requests": False,
             "torch_empty_cache": False,
         }
-        content = await self._post("/update_weights_from_disk", body, deadline_s=deadline_s)
-        reply = _parse(_Success, content)
+        await self.command("/update_weights_from_disk", body, deadline_s=deadline_s)
+
+    async def command(self, path: str, body: Mapping[str, object], *, deadline_s: float) -> None:
+        """POST `body`. Raises `ServerRefused` also where the server reports failure."""
+        reply = _parse(_Success, await self._post(path, body, deadline_s=deadline_s))
         if not reply.success:
-            raise ServerRefused(reply.message)
+            raise ServerRefused(reply.message or reply.error_message)
 
     async def checksums(self, *, deadline_s: float) -> list[dict[str, str]]:
-        """Tensor name → checksum, one mapping per rank."""
+        """Tensor name → checksum, one mapping per rank, in their order."""
         content = await self._post("/weights_checker", {"action": "checksum"}, deadline_s=deadline_s)
         reply = _parse(_Checksums, content)
         if not reply.success or not reply.ranks:
             raise ServerRefused(f"no checksums: {reply.message}")
-        return [rank.checksums for rank in reply.ranks]
+        return [rank.checksums for rank in sorted(reply.ranks, key=lambda rank: rank.number)]
+
+    async def models(self, *, deadline_s: float) -> frozenset[str]:
+        """Names of the model and of the adapters the server has."""
+        content = await self._call("GET", "/v1/models", deadline_s=deadline_s)
+        return frozenset(model.id for model in _parse(_Models, content).data)
 
     async def model_info(self, *, deadline_s: float) -> ModelInfo:
         """Which model is served."""
@@ -298,6 +334,7 @@ class _Problems(BaseModel):
 
     error: _Problem | None = None
     message: str | None = None
+    error_message: str | None = None
 
 
 def _refusal(refused: Refused) -> ServerGone | ServerRefused:
@@ -312,5 +349,5 @@ def _explain(content: bytes, status: int) -> str:
         problem = _Problems.model_validate_json(content)
     except ValidationError:
         return f"HTTP {status}: {content[:200].decode('utf-8', 'replace')}"
-    text = problem.error.message if problem.error else problem.message
+    text = problem.error.message if problem.error else problem.message or problem.error_message
     return f"HTTP {status}: {text or content[:200].decode('utf-8', 'replace')}"

@@ -8,21 +8,25 @@ resubmits them from their tokens. Every token keeps the version and the log-prob
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Final, Self
 
 import anyio
 
 from actors.engines.engine import EngineFailure, EngineHealth, Generation, LoadReport
+from actors.engines.sglang.adapters import AdapterHandover
+from actors.engines.sglang.collective import CollectiveHandover
 from actors.engines.sglang.fleet import Fleet
 from actors.engines.sglang.handover import DiskHandover, Handover, Parcel
 from actors.engines.sglang.launch import check_context
 from actors.engines.sglang.members import Members
 from actors.engines.sglang.model import ModelFacts, read_facts
 from actors.engines.sglang.progress import Progress
-from matpo.config import Sampling
+from matpo.config import Lora, Sampling
 from matpo.config import SglangEngine as Settings
 from protocols.records import Tokens
 from protocols.weights import Weights
@@ -47,7 +51,9 @@ class SglangEngine:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, folder: Path, settings: Settings, *, seed: int, log: Path | None = None) -> AsyncIterator[Self]:
+    async def open(
+        cls, folder: Path, settings: Settings, *, lora: Lora | None = None, seed: int, log: Path | None = None
+    ) -> AsyncIterator[Self]:
         """Start servers on the model of `folder`, or find those at `urls` or behind `router`; weights come with the
         first `load`.
 
@@ -56,10 +62,18 @@ class SglangEngine:
         """
         facts = read_facts(folder)
         check_context(folder, settings)
-        async with DiskHandover.open(settings, facts) as handover:
+        output = log or Path(tempfile.gettempdir()) / f"matpo-sglang-{os.getpid()}.log"
+        async with _handover(settings, facts, lora, log=output) as handover:
             engine = cls(facts, settings, handover)
             members = Members(
-                engine.fleet, facts, settings, handover=handover, newest=lambda: engine._newest, seed=seed, log=log
+                engine.fleet,
+                facts,
+                settings,
+                handover=handover,
+                lora=lora,
+                newest=lambda: engine._newest,
+                seed=seed,
+                log=output,
             )
             async with members.present():
                 yield engine
@@ -105,7 +119,7 @@ class SglangEngine:
         Raises `ValueError` when the tensors do not fit the model; the old weights then stay. Raises `EngineFailure`
         when no server takes them. Those that do not are brought up to date before they are used again.
         """
-        self._facts.check(weights)
+        self._handover.check(weights)
         async with self._loading:
             try:
                 parcel = await self._handover.prepare(weights, version=version, file=file)
@@ -144,3 +158,13 @@ class SglangEngine:
                 f"the prompt has {len(tokens)} tokens, the engine's context {self._settings.max_context_tokens}:"
                 " nothing could be sampled; raise actor.engine.max_context_tokens or lower the roles' limits"
             )
+
+
+def _handover(
+    settings: Settings, facts: ModelFacts, lora: Lora | None, *, log: Path
+) -> AbstractAsyncContextManager[Handover]:
+    if lora is not None:
+        return AdapterHandover.open(settings, facts, lora)
+    if settings.handover == "collective":
+        return CollectiveHandover.open(settings, facts, log_file=log)
+    return DiskHandover.open(settings, facts)

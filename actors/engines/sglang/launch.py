@@ -14,6 +14,8 @@ import anyio.abc
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from actors.engines.sglang.adapters import served
+from matpo.config import Lora
 from matpo.config import SglangEngine as Settings
 from matpo.errors import UserError
 
@@ -49,7 +51,7 @@ def free_port() -> int:
     return port
 
 
-def command(folder: Path, settings: Settings, *, port: int, seed: int) -> list[str]:
+def command(folder: Path, settings: Settings, lora: Lora | None = None, *, port: int, seed: int) -> list[str]:
     """Arguments of `sglang.launch_server` for this model, bound to this machine only: the server has no passwords."""
     context = settings.max_context_tokens + MARGIN_TOKENS
     options: list[str | int | float | Path] = [
@@ -64,6 +66,10 @@ def command(folder: Path, settings: Settings, *, port: int, seed: int) -> list[s
         slots = settings.max_batch * context
         options += ["--device", "cpu", "--attention-backend", "torch_native", "--disable-overlap-schedule"]
         options += ["--max-total-tokens", slots]
+    if lora is not None:
+        options += ["--enable-lora", "--max-lora-rank", lora.rank]
+        options += ["--lora-target-modules", *served(lora).target_modules]
+        options += ["--lora-backend", "torch_native"] if settings.device == "cpu" else []
     return [settings.python, "-m", "sglang.launch_server", *(str(option) for option in options), *settings.arguments]
 
 
@@ -99,6 +105,11 @@ def environment(settings: Settings, *, gpus: str | None = None) -> dict[str, str
     }
     if settings.device == "cpu":
         extra["SGLANG_USE_CPU_ENGINE"] = "1"
+        if settings.tensor_parallel > 1:
+            # Every rank must be told its cores; without this the server wants a NUMA node for each.
+            cores = sorted(os.sched_getaffinity(0))
+            bound = (str(cores[rank % len(cores)]) for rank in range(settings.tensor_parallel))
+            extra["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(bound)
     if gpus is not None:
         extra["CUDA_VISIBLE_DEVICES"] = gpus
     return {**os.environ, **extra}
@@ -106,13 +117,13 @@ def environment(settings: Settings, *, gpus: str | None = None) -> dict[str, str
 
 @asynccontextmanager
 async def launched(
-    folder: Path, settings: Settings, *, port: int, seed: int, gpus: str | None, log: Path
+    folder: Path, settings: Settings, lora: Lora | None, *, port: int, seed: int, gpus: str | None, log: Path
 ) -> AsyncIterator[anyio.abc.Process]:
     """A server process, ended with all its children when the block ends or this process dies."""
     leash = [sys.executable, "-m", "actors.engines.sglang.leash"]
     with log.open("ab") as output:
         process = await anyio.open_process(
-            [*leash, *command(folder, settings, port=port, seed=seed)],
+            [*leash, *command(folder, settings, lora, port=port, seed=seed)],
             stdout=output,
             stderr=output,
             env=environment(settings, gpus=gpus),

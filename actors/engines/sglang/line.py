@@ -30,6 +30,8 @@ class Ticket:
     """Keys and values are shared only between requests with the same key."""
     routing_key: str = ""
     """A router sends requests of one key to one server."""
+    adapter: str = ""
+    """With which all tokens are sampled, whatever becomes of the server's weights; empty: with those."""
 
 
 @dataclass(slots=True)
@@ -94,9 +96,10 @@ class Line:
             ends=self._facts.ends,
             cache_key=ticket.cache_key,
             stream_tokens=self._settings.stream_tokens,
+            adapter=ticket.adapter,
             routing_key=ticket.routing_key,
         )
-        reply = Reply(sent_with=ticket.version)
+        reply = Reply(sent_with=ticket.version, to_the_end=bool(ticket.adapter))
         if not await self._complete(request, reply, progress):
             reply.salvage(progress)
             return self._stop_of(progress, sampling)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -23,6 +22,7 @@ from actors.engines.sglang.launch import free_port, gpu_groups, last_words, laun
 from actors.engines.sglang.model import ModelFacts
 from actors.engines.sglang.router import Router
 from actors.engines.sglang.server import Server
+from matpo.config import Lora
 from matpo.config import SglangEngine as Settings
 from matpo.errors import UserError
 
@@ -42,17 +42,19 @@ class Members:
         settings: Settings,
         *,
         handover: Handover,
+        lora: Lora | None,
         newest: Callable[[], Parcel | None],
         seed: int,
-        log: Path | None,
+        log: Path,
     ) -> None:
         self._fleet = fleet
         self._facts = facts
         self._settings = settings
         self._handover = handover
+        self._lora = lora
         self._newest = newest
         self._seed = seed
-        self._log = log or Path(tempfile.gettempdir()) / f"matpo-sglang-{os.getpid()}.log"
+        self._log = log
         self._leave: dict[str, anyio.CancelScope] = {}
 
     @asynccontextmanager
@@ -149,7 +151,8 @@ class Members:
             port, settings = free_port(), self._settings
             client.url = f"http://127.0.0.1:{port}"
             seed = self._seed + index + settings.servers * attempt
-            return launched(self._facts.folder, settings, port=port, seed=seed, gpus=gpus, log=self._output(str(index)))
+            folder, output = self._facts.folder, self._output(str(index))
+            return launched(folder, settings, self._lora, port=port, seed=seed, gpus=gpus, log=output)
 
         return start
 

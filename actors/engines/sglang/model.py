@@ -8,10 +8,10 @@ from pathlib import Path
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from matpo.adapters import Shape, check_shapes
 from matpo.errors import UserError
 from protocols.weights import BadWeights, Weights, read_keyframe
 
-Shape = tuple[int, ...]
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -22,6 +22,8 @@ class _Text(BaseModel):
     vocab_size: int | None = None
     tie_word_embeddings: bool = False
     eos_token_id: int | list[int] | None = None
+    num_attention_heads: int = 1
+    num_key_value_heads: int | None = None
 
 
 class _Config(_Text):
@@ -37,19 +39,13 @@ class ModelFacts:
     """Rows of the embedding: a token id at or beyond it kills the server."""
     ends: tuple[int, ...]
     tied: bool
+    key_value_heads: int
     shapes: dict[str, Shape]
     """Tensor name → shape, of every tensor a set of weights must hold."""
 
     def check(self, weights: Weights) -> None:
-        """Raise `ValueError` naming tensors that are missing, unknown or of another shape: the server would ignore
-        them silently."""
-        missing, unknown = sorted(set(self.shapes) - set(weights)), sorted(set(weights) - set(self.shapes))
-        if missing or unknown:
-            raise ValueError(f"weights do not fit the model: missing {missing[:3]}, unknown {unknown[:3]}")
-        for name, shape in self.shapes.items():
-            if weights[name].data.shape != shape:
-                found = weights[name].data.shape
-                raise ValueError(f"weights do not fit the model: {name} is {found}, expected {shape}")
+        """Raise `ValueError` where the tensors do not fit: the server would ignore them silently."""
+        check_shapes(weights, self.shapes)
 
 
 def read_facts(folder: Path) -> ModelFacts:
@@ -77,6 +73,7 @@ def read_facts(folder: Path) -> ModelFacts:
         vocabulary=text.vocab_size,
         ends=() if ends is None else (ends,) if isinstance(ends, int) else tuple(ends),
         tied=tied,
+        key_value_heads=text.num_key_value_heads or text.num_attention_heads,
         shapes=shapes,
     )
 

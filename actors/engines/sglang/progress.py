@@ -53,9 +53,11 @@ class Progress:
 class Reply:
     """One request's reply, whole or event by event."""
 
-    def __init__(self, *, sent_with: int) -> None:
-        """`sent_with`: version of the weights in use when the request was sent."""
+    def __init__(self, *, sent_with: int, to_the_end: bool = False) -> None:
+        """`sent_with`: version of the weights in use when the request was sent. `to_the_end`: all its tokens are
+        sampled with them, whatever the server says of its own weights."""
         self._sent_with = sent_with
+        self._to_the_end = to_the_end
         self._events: list[Answer] = []
 
     @property
@@ -81,6 +83,9 @@ class Reply:
 
     def finish(self, progress: Progress) -> None:
         """Add all of a finished reply to `progress`."""
+        if self._to_the_end:
+            self.salvage(progress)
+            return
         last = self.last
         versions = versions_of(last, self.count, before=self._sent_with, after=last.version)
         progress.extend(*self._arrays(self._events), versions)
@@ -89,7 +94,7 @@ class Reply:
         """Add what is certain of a reply that broke off: events written under the same weights as the one before."""
         sure: list[Answer] = []
         for event in self._events:
-            if event.version != self._sent_with or event.version == UNVERSIONED:
+            if not self._to_the_end and (event.version != self._sent_with or event.version == UNVERSIONED):
                 break
             sure.append(event)
         if sure:

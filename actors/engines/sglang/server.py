@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 import anyio
@@ -11,9 +13,10 @@ import anyio.abc
 import structlog
 
 from actors.engines.sglang.answers import UNVERSIONED
+from actors.engines.sglang.attestation import first_difference
 from actors.engines.sglang.client import ServerGone, ServerRefused, SglangClient
 from actors.engines.sglang.features import look
-from actors.engines.sglang.handover import Handover, Parcel, first_difference
+from actors.engines.sglang.handover import Handover, Parcel
 from actors.engines.sglang.keeper import Keeper, Launch
 from actors.engines.sglang.line import Counts, Line, Ticket
 from actors.engines.sglang.model import ModelFacts
@@ -67,6 +70,8 @@ class Server:
         self._handover = handover
         self._newest = newest
         self._errands = errands
+        self._users: Counter[Parcel] = Counter()
+        """Requests under way that are to be sampled with a parcel's weights."""
         self._swap = anyio.Lock()
 
     @property
@@ -89,8 +94,16 @@ class Server:
 
     async def attempt(self, progress: Progress, sampling: Sampling, *, group: str) -> StopReason | None:
         """One request; see `Line.attempt`."""
-        key = "" if self.holds is None else self.holds.cache_key
-        return await self.line.attempt(progress, sampling, Ticket(self.version, key))
+        parcel = self.holds
+        if parcel is None:
+            return await self.line.attempt(progress, sampling, Ticket(UNVERSIONED, ""))
+        self._users[parcel] += 1
+        try:
+            ticket = Ticket(parcel.version, parcel.cache_key, adapter=parcel.adapter)
+            return await self.line.attempt(progress, sampling, ticket)
+        finally:
+            self._users[parcel] -= 1
+            self._let_go(parcel)
 
     def abort(self, rid: str) -> None:
         """Have the server end a request, if it has it."""
@@ -111,15 +124,45 @@ class Server:
         if fresh:
             self.holds = None
             await look(self.client, self._settings)
-        elif self.holds is not None:
-            info = await self.client.model_info(deadline_s=PAUSE_DEADLINE_S)
-            if info.weight_version != str(self.holds.version):
-                self.holds = None
+        elif (known := self.holds) and not await self._handover.held(known, self.client, deadline_s=PAUSE_DEADLINE_S):
+            self.holds = None
         while (parcel := self._newest()) is not None and parcel is not self.holds:
             async with self._swap:
                 await self._push(parcel)
 
     async def _push(self, parcel: Parcel) -> float:
+        return await (self._replace(parcel) if self._handover.pauses else self._add(parcel))
+
+    async def _add(self, parcel: Parcel) -> float:
+        """Beside what it holds: requests under way finish with what they began with, and nothing pauses."""
+        before, trouble = self.holds, f"version {parcel.version} took it too long"
+        try:
+            await self._handover.deliver(parcel, self.client, flush=False, deadline_s=SWAP_DEADLINE_S)
+            self.holds = parcel
+        except (ServerGone, ServerRefused) as error:
+            trouble = str(error)
+            raise
+        finally:
+            if self.holds is not parcel:
+                self._condemn(trouble)
+        log.info("server took an adapter", server=self.name, version=parcel.version)
+        if before is not None:
+            self._let_go(before)
+        return 0.0
+
+    def _let_go(self, parcel: Parcel) -> None:
+        """Have the server forget a parcel that no request uses any more."""
+        if self._users[parcel] == 0:
+            del self._users[parcel]
+            if parcel not in (self.holds, self._newest()):
+                self._errands.start_soon(self._retire, parcel, name="retire weights")
+
+    async def _retire(self, parcel: Parcel) -> None:
+        # Where it fails the server has lost it anyway, or keeps what nobody asks for.
+        with suppress(ServerGone, ServerRefused):
+            await self._handover.retire(parcel, self.client, deadline_s=PAUSE_DEADLINE_S)
+
+    async def _replace(self, parcel: Parcel) -> float:
         client, began = self.client, time.monotonic()
         flush = self._settings.swap != "in_place"
         trouble = f"version {parcel.version} took it too long"
@@ -150,7 +193,10 @@ class Server:
         """Compare the server's own checksums with what they must be."""
         if parcel.checksums is None:
             return
-        for reported in await self.client.checksums(deadline_s=SWAP_DEADLINE_S):
-            name = first_difference(parcel.checksums, reported, tied=self._facts.tied)
+        ranks = await self.client.checksums(deadline_s=SWAP_DEADLINE_S)
+        if len(ranks) != len(parcel.checksums):
+            raise ServerRefused(f"it has {len(ranks)} ranks, actor.engine.tensor_parallel is {len(parcel.checksums)}")
+        for expected, reported in zip(parcel.checksums, ranks, strict=True):
+            name = first_difference(expected, reported, tied=self._facts.tied)
             if name is not None:
                 raise ServerRefused(f"after loading, the server's {name} is not that of version {parcel.version}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from actors.engines.embedded.engine import EmbeddedEngine
 from actors.engines.engine import Engine
 from actors.engines.sglang.engine import SglangEngine
 from matpo.config import EmbeddedEngine as EmbeddedSettings
+from matpo.config import Lora
 from matpo.config import SglangEngine as SglangSettings
 from tests.actors.engines.servers import PYTHON, SharedServer
 
@@ -25,6 +26,7 @@ class OpenEngine:
 
     settings: EmbeddedSettings | SglangSettings
     server: SharedServer | None = None
+    lora: Lora | None = None
 
     @property
     def recomputes(self) -> bool:
@@ -33,14 +35,18 @@ class OpenEngine:
 
     def __call__(self, folder: Path) -> AbstractAsyncContextManager[Engine]:
         if isinstance(self.settings, EmbeddedSettings):
-            return EmbeddedEngine.open(folder, self.settings, seed=1)
+            return EmbeddedEngine.open(folder, self.settings, lora=self.lora, seed=1)
         assert self.server is not None
-        settings = self.settings.model_copy(update={"urls": (self.server.url(folder),)})
-        return SglangEngine.open(folder, settings, seed=1)
+        settings = self.settings.model_copy(update={"urls": (self.server.url(folder, self.lora),)})
+        return SglangEngine.open(folder, settings, lora=self.lora, seed=1, log=folder / "engine.log")
 
     def using(self, **options: str | int) -> OpenEngine:
         """The same with other settings."""
-        return OpenEngine(self.settings.model_copy(update=options), self.server)
+        return replace(self, settings=self.settings.model_copy(update=options))
+
+    def adapted(self, lora: Lora) -> OpenEngine:
+        """The same, sampling with adapters."""
+        return replace(self, lora=lora)
 
 
 @pytest.fixture(scope="session")

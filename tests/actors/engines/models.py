@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoConfig, DynamicCache, LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
+from matpo.config import Lora
 from protocols.records import Floats, Tokens
 from protocols.weights import Tensor, Weights
 
@@ -56,7 +60,27 @@ def weights_of(model: PreTrainedModel) -> Weights:
     return {name: Tensor("float32", p.detach().numpy().copy()) for name, p in model.named_parameters()}
 
 
-def hugging_face_logprobs(model: PreTrainedModel, prompt: Tokens, sampled: Tokens) -> Floats:
+def adapt(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
+    """PEFT's adapter in a model of its own, with random factors large enough for logits to differ clearly."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=lora.rank, lora_alpha=int(lora.alpha), target_modules=list(lora.target_modules))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property under its old name
+        adapted = get_peft_model(copy.deepcopy(model), config)
+    assert isinstance(adapted, PeftModel)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    return adapted
+
+
+def adapter_of(adapted: PeftModel) -> Weights:
+    """The factors as they travel, under PEFT's names."""
+    return {name: Tensor("float32", t.numpy().copy()) for name, t in get_peft_model_state_dict(adapted).items()}
+
+
+def hugging_face_logprobs(model: PreTrainedModel | PeftModel, prompt: Tokens, sampled: Tokens) -> Floats:
     """log p of each sampled token given everything before it, from one plain forward pass."""
     whole = torch.from_numpy(np.concatenate([prompt, sampled]).astype(np.int64))[None]
     with torch.no_grad():

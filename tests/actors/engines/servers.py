@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 from actors.engines.sglang.launch import command, environment, free_port, last_words
+from matpo.config import Lora
 from matpo.config import SglangEngine as Settings
 
 PYTHON = Path(__file__).resolve().parents[3] / ".venv-sglang" / "bin" / "python"
@@ -31,13 +32,13 @@ class SharedServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._url = ""
 
-    def url(self, model: Path) -> str:
-        """Of a server whose weights may be replaced by those of `model`."""
+    def url(self, model: Path, lora: Lora | None = None) -> str:
+        """Of a server that may be given the weights of `model`; with `lora` it has them, and takes adapters."""
         config = json.loads((model / "config.json").read_text())
-        shape = tuple(config.get(key) for key in SHAPE)
+        shape = (*(config.get(key) for key in SHAPE), lora)
         if shape != self._shape:
             self.stop()
-            self._start(model, config)
+            self._start(model, config, lora)
             self._shape = shape
         return self._url
 
@@ -48,7 +49,7 @@ class SharedServer:
             self._process.wait()
         self._process, self._shape = None, ()
 
-    def _start(self, model: Path, config: dict[str, object]) -> None:
+    def _start(self, model: Path, config: dict[str, object], lora: Lora | None) -> None:
         """Without end tokens of its own: they come with every request."""
         copy = self._folder / "model"
         shutil.rmtree(copy, ignore_errors=True)
@@ -59,7 +60,7 @@ class SharedServer:
         with log.open("wb") as output:
             leash = [sys.executable, "-m", "actors.engines.sglang.leash"]
             self._process = subprocess.Popen(
-                [*leash, *command(copy, self._settings, port=port, seed=0)],
+                [*leash, *command(copy, self._settings, lora, port=port, seed=0)],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,

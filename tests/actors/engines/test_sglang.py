@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -14,11 +15,11 @@ from transformers import PreTrainedModel
 
 from actors.engines.engine import EngineFailure, Generation
 from actors.engines.sglang.answers import BadAnswer, parse_answer, versions_of
+from actors.engines.sglang.attestation import converted, expected_checksums, first_difference
 from actors.engines.sglang.client import Request
 from actors.engines.sglang.engine import SglangEngine
-from actors.engines.sglang.handover import converted, expected_checksums, first_difference
 from actors.engines.sglang.launch import command
-from actors.engines.sglang.model import read_facts
+from actors.engines.sglang.model import ModelFacts, read_facts
 from matpo.config import Sampling
 from matpo.config import SglangEngine as Settings
 from matpo.errors import UserError
@@ -34,13 +35,16 @@ def settings_for(stub: Stub, **options: object) -> Settings:
     return basis.model_copy(update=options)
 
 
+FACTS = ModelFacts(folder=Path(), vocabulary=64, ends=(), tied=True, key_value_heads=2, shapes={})
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> PreTrainedModel:
     return make_model("qwen3", tmp_path)
 
 
 def sums_of(model: PreTrainedModel) -> dict[str, str]:
-    return dict(expected_checksums(weights_of(model), dtype="float32", tied=True))
+    return dict(expected_checksums(weights_of(model), FACTS, dtype="float32")[0])
 
 
 async def generate(
@@ -194,9 +198,8 @@ def test_checksums_are_those_of_the_fused_and_padded_tensors() -> None:
         for value, name in enumerate(("q", "k", "v", "up", "gate"))
     }
     embedding = np.ones((3, 2), dtype=np.float32)
-    sums = expected_checksums(
-        {**tensors, "model.embed_tokens.weight": Tensor("float32", embedding)}, dtype="float32", tied=True
-    )
+    weights = {**tensors, "model.embed_tokens.weight": Tensor("float32", embedding)}
+    (sums,) = expected_checksums(weights, FACTS, dtype="float32")
     qkv = np.repeat(np.arange(3, dtype=np.float32), 4).tobytes()
     gate_up = np.repeat(np.array([4, 3], dtype=np.float32), 4).tobytes()
     assert sums["l.qkv_proj.weight"] == hashlib.sha256(qkv).hexdigest()[:16]
@@ -205,3 +208,37 @@ def test_checksums_are_those_of_the_fused_and_padded_tensors() -> None:
     assert sums["model.embed_tokens.weight"] == hashlib.sha256(padded).hexdigest()[:16]
     assert first_difference(sums, {k: v for k, v in sums.items() if k != "lm_head.weight"}, tied=True) is None
     assert first_difference(sums, {**sums, "new": "0"}, tied=True) == "new"
+
+
+def test_ranks_share_projections_by_heads_rows_and_columns_and_the_vocabulary_by_padded_rows() -> None:
+    rows = np.arange(4, dtype=np.float32)[:, None] * np.ones((1, 4), dtype=np.float32)
+    weights = {
+        f"l.{name}_proj.weight": Tensor("float32", rows + 10 * number)
+        for number, name in enumerate(("q", "k", "v", "o", "gate", "up"))
+    }
+    weights["l.q_proj.bias"] = Tensor("float32", np.arange(4, dtype=np.float32))
+    weights["l.o_proj.bias"] = weights["model.norm.weight"] = weights["l.q_proj.bias"]
+    weights["model.embed_tokens.weight"] = Tensor("float32", np.ones((3, 1), dtype=np.float32))
+    _, _, _, last = expected_checksums(weights, FACTS, dtype="float32", ranks=4)
+    assert last["l.qkv_proj.weight"] == of([3] * 4, [12] * 4, [13] * 4, [22] * 4, [23] * 4)  # 2 heads of 2 rows each
+    assert last["l.o_proj.weight"] == of([30, 31, 32, 33])
+    assert last["l.gate_up_proj.weight"] == of([43] * 4, [53] * 4)
+    assert last["l.qkv_proj.bias"] == of([3])
+    assert last["l.o_proj.bias"] == last["model.norm.weight"] == of([0, 1, 2, 3])
+    assert last["model.embed_tokens.weight"] == last["lm_head.weight"] == of([0] * 16)
+
+
+def test_experts_are_held_as_one_tensor_in_order() -> None:
+    numbers = iter(range(100))
+    weights = {
+        f"l.experts.{expert}.{name}_proj.weight": Tensor("float32", np.full((2, 2), next(numbers), dtype=np.float32))
+        for expert in (1, 0)
+        for name in ("gate", "up", "down")
+    }
+    second = expected_checksums(weights, replace(FACTS, tied=False), dtype="float32", ranks=2)[1]
+    assert second["l.experts.w13_weight"] == of([3, 3], [4, 4], [0, 0], [1, 1])
+    assert second["l.experts.w2_weight"] == of([5, 5], [2, 2])
+
+
+def of(*parts: list[int]) -> str:
+    return hashlib.sha256(np.concatenate(parts).astype(np.float32).tobytes()).hexdigest()[:16]
