@@ -84,6 +84,31 @@ def test_a_wrong_option_is_named_with_its_value_and_the_remedy(good: Path, overr
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ('handover="collective"', 'set actor.engine.handover = "disk"'),
+        ('router="http://r"', "not served behind a router"),
+        ('swap="abort"', "remove actor.engine.swap"),
+    ],
+)
+def test_what_adapters_do_not_go_with_is_refused(good: Path, engine: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(good, ["actor.count=1", "model.lora.rank=4", f'actor.engine={{kind="sglang", {engine}}}'])
+
+
+def test_adapters_target_every_projection_unless_told_otherwise(good: Path) -> None:
+    lora = load_config(good, ["model.lora.rank=4"]).model.lora
+    assert lora is not None and len(lora.target_modules) == 7
+    with pytest.raises(UserError, match="and none twice"):
+        load_config(good, ['model.lora.target_modules=["q_proj", "q_proj"]'])
+
+
+def test_a_sender_without_broadcasts_is_refused(good: Path) -> None:
+    with pytest.raises(UserError, match='have no effect with handover = "disk"'):
+        load_config(good, ['actor.engine={kind="sglang", sender_address="10.0.0.1"}'])
+
+
 def test_a_missing_section_is_named(tmp_path: Path) -> None:
     file = tmp_path / "bad.toml"
     file.write_text(GOOD.replace('[model]\npath = "models/quickstart"', ""))
