@@ -25,6 +25,7 @@ from actors.scene import Stage
 from actors.session import Session
 from actors.setting import tool_variables
 from actors.tools.plane import ToolPlane
+from actors.tools.report import reported
 from actors.weights.follow import Follower
 from actors.weights.shadow import Shadow
 from actors.weights.sources import HubSource, Sources, beside_hub
@@ -76,6 +77,7 @@ async def run_actor(place: Place) -> None:
         model, lora = model_folder(config.model), config.model.lora
         engine = await enter(open_engine(model, config.actor.engine, lora=lora, seed=seed, log=engine_log))
         tools = await enter(ToolPlane.open(config.tools, variables=tool_variables(config, folder=folder / "world")))
+        await enter(reported(tools, place.state / "metrics.jsonl", place.actor_id, every_s=welcome.heartbeat_s))
         stage = Stage.open(config, engine=engine, tools=tools, actor_id=place.actor_id)
         player = Player(
             lambda lease, episode: play_lease(lease, episode, stage),

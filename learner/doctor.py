@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -25,6 +25,7 @@ from matpo.folder import HubAddress, RunFolder
 from matpo.freshness import Forecast, forecast
 from matpo.load import load_config
 from matpo.metrics import read_metrics
+from matpo.tool_figures import ActorFigures, ToolFigures, together
 from protocols.messages import Wait
 from protocols.records import Record
 
@@ -65,6 +66,8 @@ class Report(Record):
     staleness_mean: float | None
     staleness_max: int | None
     refused: dict[str, int]
+    tools: tuple[ToolFigures, ...]
+    """Of all actors together, as far as they write into this folder."""
     forecast: Forecast
 
 
@@ -78,7 +81,7 @@ def examine(folder: RunFolder, *, now: float) -> Report:
             mean, worst = journal.rows("SELECT AVG(staleness), MAX(staleness) FROM trees")[0]
     except JournalUnreadable as error:
         raise UserError(str(error)) from error
-    address, status = folder.hub_address(), last_status(folder)
+    address, (status, actors) = folder.hub_address(), last_lines(folder)
     state = "live" if address is not None else "complete" if folder.summary.is_file() else "dead"
     waits = () if state == "complete" or status is None else status.waits
     age_s = None if status is None else round(max(0.0, now - status.time), 1)
@@ -99,6 +102,7 @@ def examine(folder: RunFolder, *, now: float) -> Report:
         staleness_mean=None if mean is None else real(mean),
         staleness_max=maybe_integer(worst),
         refused={} if status is None else status.refused,
+        tools=tuple(figures for figures in together(actors) if figures.calls),
         forecast=expected(config),
     )
 
@@ -122,9 +126,9 @@ def expected(config: Config) -> Forecast:
     )
 
 
-def last_status(folder: RunFolder) -> LastStatus | None:
-    """The hub's last line in metrics.jsonl, looked for in the last `TAIL_BYTES` of the file."""
-    found, start = None, 0
+def last_lines(folder: RunFolder) -> tuple[LastStatus | None, Collection[ActorFigures]]:
+    """The last lines of the hub and of each actor in metrics.jsonl, looked for in its last `TAIL_BYTES`."""
+    found, actors, start = None, dict[str, ActorFigures](), 0
     size = folder.metrics.stat().st_size if folder.metrics.is_file() else 0
     if size > TAIL_BYTES:
         with folder.metrics.open("rb") as file:
@@ -133,7 +137,10 @@ def last_status(folder: RunFolder) -> LastStatus | None:
     for _, line in read_metrics(folder.metrics, offset=start):
         if line["stage"] == "hub":
             found = LastStatus.model_validate(line)
-    return found
+        elif line["stage"] == "actor":
+            figures = ActorFigures.model_validate({k: v for k, v in line.items() if k not in ("time", "stage")})
+            actors[figures.actor_id] = figures
+    return found, actors.values()
 
 
 def show(report: Report, console: Console) -> None:
@@ -168,9 +175,19 @@ def show(report: Report, console: Console) -> None:
         console.print("nobody waits")
     if report.refused:
         console.print("refused messages: " + ", ".join(f"{count} {name}" for name, count in report.refused.items()))
+    if report.tools:
+        console.print(_tools(report.tools))
     if report.staleness_mean is not None:
         console.print(f"staleness: {report.staleness_mean:.2f} steps on average, {report.staleness_max} at most")
     console.print(f"forecast: {report.forecast.advice}")
+
+
+def _tools(tools: Sequence[ToolFigures]) -> Table:
+    table = Table("tool", "calls", "model's errors", "outages", "p50 ms", "p99 ms")
+    for t in tools:
+        counts = (str(t.calls), str(t.model_errors), str(t.infrastructure_errors))
+        table.add_row(t.tool, *counts, f"{t.p50_ms:.1f}", f"{t.p99_ms:.1f}")
+    return table
 
 
 def run(arguments: Sequence[str]) -> int:

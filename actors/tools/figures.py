@@ -1,11 +1,12 @@
-"""What calls of tools came to and how long they took, for the run's metrics and for people."""
+"""Counts what the calls of a tool come to and how long they take."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 
-from protocols.records import Outcome, Record
+from matpo.tool_figures import ToolFigures
+from protocols.records import Outcome
 
 _STEP = 1.15
 """Ratio of neighbouring latency classes: quantiles are right to within this factor."""
@@ -33,41 +34,6 @@ class Latencies:
             if left <= 0:
                 return _SHORTEST_S * _STEP**number
         return 0.0
-
-
-class ToolFigures(Record):
-    """What the calls of one tool came to since the actor started."""
-
-    tool: str
-    """As `server__tool`."""
-    calls: int
-    recorded: int
-    """Answered from the record instead of the server."""
-    model_errors: int
-    infrastructure_errors: int
-    result_bytes: int
-    mean_ms: float
-    p50_ms: float
-    p99_ms: float
-
-
-class ServerFigures(Record):
-    """How the connections to one server fare."""
-
-    server: str
-    up: int
-    """Copies that can be called now."""
-    copies: int
-    losses: int
-    """Connections lost since the actor started."""
-
-
-class ActorFigures(Record):
-    """One line of the run's metrics: the tools of one actor."""
-
-    actor_id: str
-    tools: tuple[ToolFigures, ...]
-    servers: tuple[ServerFigures, ...]
 
 
 @dataclass(slots=True)

@@ -22,12 +22,13 @@ from actors.tools.cache import Answer, CallCache, RecordedTool
 from actors.tools.configured import ConfiguredServer
 from actors.tools.expand import configured_servers
 from actors.tools.failures import ToolFailed, ToolRefused
-from actors.tools.figures import ActorFigures, ServerFigures, ToolCount
+from actors.tools.figures import ToolCount
 from actors.tools.names import matching, model_names
 from actors.tools.pool import Backend
 from actors.tools.results import cut, readable
 from matpo.config import Tools
 from matpo.errors import UserError
+from matpo.tool_figures import ActorFigures, ServerFigures
 from protocols.records import Outcome
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sqlite3
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from learner.doctor import TAIL_BYTES, examine, run, show
 from learner.hub.__main__ import write_address
 from matpo.errors import UserError
 from matpo.folder import RunFolder
+from matpo.metrics import MetricsFile
+from matpo.tool_figures import ActorFigures, ToolFigures
 from tests.learner.hub.bench import bench, make_config, make_tree
 
 
@@ -124,6 +127,22 @@ def test_people_read_ledger_and_forecast(tmp_path: Path) -> None:
     assert "1 (1 tool_failure)" in text
     assert "the ledger adds up (10 sums)" in text
     assert "forecast: freshness.eta = 1" in text
+
+
+def test_the_tools_of_all_actors_are_shown_together(tmp_path: Path) -> None:
+    folder = a_run(tmp_path)
+    for actor_id, calls, p99_ms in (("a", 1, 9.0), ("a", 3, 4.0), ("b", 1, 8.0)):
+        used = ToolFigures(
+            tool="web__search", calls=calls, recorded=0, model_errors=1, infrastructure_errors=2, result_bytes=10,
+            mean_ms=float(calls), p50_ms=1.0, p99_ms=p99_ms,
+        )  # fmt: skip
+        MetricsFile(folder.metrics).append("actor", ActorFigures(actor_id=actor_id, tools=(used,), servers=()))
+    (tool,) = examine(folder, now=0.0).tools
+    assert (tool.calls, tool.model_errors, tool.infrastructure_errors) == (4, 2, 4)
+    assert (tool.mean_ms, tool.p99_ms) == ((3 * 3 + 1) / 4, 8.0)
+    out = io.StringIO()
+    show(examine(folder, now=0.0), Console(file=out, width=200))
+    assert re.search(r"web__search\W+4\W+2\W+4\W+1\.0\W+8\.0", out.getvalue())
 
 
 def test_a_run_that_never_started_is_named(tmp_path: Path) -> None:

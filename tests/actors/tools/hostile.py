@@ -43,9 +43,10 @@ def send(message: Message) -> None:
         sys.stdout.buffer.flush()
 
 
-def raw(data: bytes) -> None:
+def raw(*pieces: bytes) -> None:
     with lock:
-        sys.stdout.buffer.write(data)
+        for piece in pieces:
+            sys.stdout.buffer.write(piece)
         sys.stdout.buffer.flush()
 
 
@@ -56,8 +57,6 @@ def text(value: str, **more: bool) -> Message:
 def answer(request: Call, options: argparse.Namespace) -> None:
     name, arguments = request["params"]["name"], request["params"].get("arguments", {})
     result = text(arguments.get("text", ""))
-    if options.modern:
-        result["resultType"] = "complete"
     if name == "crash":
         os._exit(7)
     if name == "crash_once":
@@ -70,14 +69,12 @@ def answer(request: Call, options: argparse.Namespace) -> None:
     elif name == "hang":
         return
     elif name == "flood":
-        raw(b'{"jsonrpc": "2.0", "id": %d, "result": {"content": [{"type": "text", "text": "' % request["id"])
-        for _ in range(50):
-            raw(b"x" * 2**20)
-        raw(b'"}]}}\n')
+        start = b'{"jsonrpc": "2.0", "id": %d, "result": {"content": [{"type": "text", "text": "' % request["id"]
+        raw(start, *[b"x" * 2**20] * 50, b'"}]}}\n')
         return
     elif name == "flood_id_last":
-        raw(b'{"result": {"content": [{"type": "text", "text": "' + b"x" * 2**23)
-        raw(b'"}]}, "jsonrpc": "2.0", "id": %d}\n' % request["id"])
+        start = b'{"result": {"content": [{"type": "text", "text": "'
+        raw(start, b"x" * 2**23, b'"}]}, "jsonrpc": "2.0", "id": %d}\n' % request["id"])
         return
     elif name == "junk":
         raw(b"Starting up...\n\n{not json}\n[1, 2]\n{}\nnull\n")
@@ -124,6 +121,8 @@ def answer(request: Call, options: argparse.Namespace) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif name == "environment":
         result = text(json.dumps(sorted(os.environ)))
+    if options.modern:
+        result["resultType"] = "complete"
     send({"jsonrpc": "2.0", "id": request["id"], "result": result})
 
 

@@ -16,7 +16,7 @@ from pydantic import JsonValue
 from actors.tools.plane import ToolPlane
 from matpo.config import Tools
 
-SERVER = str(Path(__file__).with_name("echo_http.py"))
+SERVER = str(Path(__file__).with_name("sdk_server.py"))
 KINDS = pytest.mark.parametrize("kind", ["http", "sse"])
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"""A small server of the SDK over HTTP, streamable or SSE: `python echo_http.py http|sse PORT`. Says its URL first."""
+"""A small server of the SDK: `python sdk_server.py stdio`, or `http|sse PORT`, which says its URL first."""
 
 from __future__ import annotations
 
@@ -46,8 +46,17 @@ async def fail() -> str:
     raise LookupError("nothing there")
 
 
-kind, port = sys.argv[1], int(sys.argv[2])
-listener = socket.create_server(("127.0.0.1", port))
+@server.tool(structured_output=False)
+async def pid(text: str) -> str:
+    """Of this process."""
+    return str(os.getpid())
+
+
+kind = sys.argv[1]
+if kind == "stdio":
+    server.run()
+    raise SystemExit
+listener = socket.create_server(("127.0.0.1", int(sys.argv[2])))
 sys.stdout.write(f"http://127.0.0.1:{listener.getsockname()[1]}/{'sse' if kind == 'sse' else 'mcp'}\n")
 sys.stdout.flush()
 app = server.sse_app() if kind == "sse" else server.streamable_http_app()
