@@ -8,10 +8,10 @@ resubmits them from their tokens. Every token keeps the version and the log-prob
 
 from __future__ import annotations
 
-import os
+import shutil
 import tempfile
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final, Self
 
@@ -57,26 +57,27 @@ class SglangEngine:
         """Start servers on the model of `folder`, or find those at `urls` or behind `router`; weights come with the
         first `load`.
 
-        What server i prints goes to `log` with "-i" before its suffix (default: in the system's temporary folder).
+        What server i prints goes to `log` with "-i" before its suffix (default: a temporary file, kept when a server
+        does not start).
         Raises `UserError` for a model or a server that cannot be used.
         """
         facts = read_facts(folder)
         check_context(folder, settings)
-        output = log or Path(tempfile.gettempdir()) / f"matpo-sglang-{os.getpid()}.log"
-        async with _handover(settings, facts, lora, log=output) as handover:
-            engine = cls(facts, settings, handover)
-            members = Members(
-                engine.fleet,
-                facts,
-                settings,
-                handover=handover,
-                lora=lora,
-                newest=lambda: engine._newest,
-                seed=seed,
-                log=output,
-            )
-            async with members.present():
-                yield engine
+        with _output(log) as output:
+            async with _handover(settings, facts, lora, log=output) as handover:
+                engine = cls(facts, settings, handover)
+                members = Members(
+                    engine.fleet,
+                    facts,
+                    settings,
+                    handover=handover,
+                    lora=lora,
+                    newest=lambda: engine._newest,
+                    seed=seed,
+                    log=output,
+                )
+                async with members.present():
+                    yield engine
 
     @property
     def version(self) -> int:
@@ -168,3 +169,14 @@ def _handover(
     if settings.handover == "collective":
         return CollectiveHandover.open(settings, facts, log_file=log)
     return DiskHandover.open(settings, facts)
+
+
+@contextmanager
+def _output(log: Path | None) -> Iterator[Path]:
+    """`log`, or a temporary file that outlives the block only when an error ends it."""
+    if log is not None:
+        yield log
+        return
+    folder = Path(tempfile.mkdtemp(prefix="matpo-sglang-"))
+    yield folder / "engine.log"
+    shutil.rmtree(folder)

@@ -92,6 +92,7 @@ class Keeper:
                     await self._wait_healthy(process)
                     await self._bring_up(fresh=True)
                     self._become("ready", "ready")
+                    log.info("server ready", url=self._client.url, start=self.starts)
                     await self._watch(process)
             except (ServerDied, ServerGone, ServerRefused) as error:
                 self._become("failed", str(error))

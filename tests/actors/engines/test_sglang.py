@@ -18,7 +18,7 @@ from actors.engines.sglang.answers import BadAnswer, parse_answer, versions_of
 from actors.engines.sglang.attestation import converted, expected_checksums, first_difference
 from actors.engines.sglang.client import Request
 from actors.engines.sglang.engine import SglangEngine
-from actors.engines.sglang.launch import command
+from actors.engines.sglang.launch import command, environment, gpu_groups
 from actors.engines.sglang.model import ModelFacts, read_facts
 from matpo.config import Sampling
 from matpo.config import SglangEngine as Settings
@@ -159,6 +159,17 @@ def test_a_server_is_bound_to_this_machine_only(tmp_path: Path) -> None:
     line = command(tmp_path, Settings(python="py", arguments=("--x",)), port=31_000, seed=3)
     assert line[:3] == ["py", "-m", "sglang.launch_server"] and line[-1] == "--x"
     assert line[line.index("--host") + 1] == "127.0.0.1"
+
+
+def test_gpus_are_given_out_in_order_or_as_told_and_counted_among_those_visible() -> None:
+    two = Settings(servers=2, tensor_parallel=2)
+    assert gpu_groups(two, None) == ["0,1", "2,3"]
+    assert gpu_groups(two, "4,5,GPU-a,GPU-b") == ["4,5", "GPU-a,GPU-b"]
+    assert gpu_groups(Settings(servers=2, gpus=((3,), (0,))), "4,5,6,7") == ["7", "4"]
+    assert gpu_groups(Settings(servers=2, device="cpu"), "0") == [None, None]
+    with pytest.raises(UserError, match="needs GPU 3 for 2 servers of 2 ranks, but CUDA_VISIBLE_DEVICES = '0,1,2'"):
+        gpu_groups(two, "0,1,2")
+    assert environment(two, gpus="4,5")["CUDA_VISIBLE_DEVICES"] == "4,5"
 
 
 @pytest.mark.parametrize(
