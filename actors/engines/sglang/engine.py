@@ -126,10 +126,10 @@ class SglangEngine:
                 parcel = await self._handover.prepare(weights, version=version, file=file)
             except OSError as error:
                 raise EngineFailure(f"version {version} could not be handed over: {error}") from error
-            before, self._newest = self._newest, parcel
+            self._newest = parcel
             self._digests[version] = parcel.digest
             pause_s = await self.fleet.deliver(parcel)
-            self._handover.keep_only(*(p for p in (parcel, before) if p is not None))
+            self._handover.keep_only(parcel, *self.fleet.parcels)
             self._version = version
         return LoadReport(version=version, digest=parcel.digest, pause_s=pause_s)
 

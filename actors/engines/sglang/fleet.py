@@ -47,6 +47,12 @@ class Fleet:
         """The servers that requests may be sent to."""
         return [server for server in self.servers.values() if server.usable]
 
+    @property
+    def parcels(self) -> set[Parcel]:
+        """What servers hold, and would fall back to when loading fails, and what they are being given."""
+        parcels = {parcel for server in self.servers.values() for parcel in (server.holds, server.taking)}
+        return {parcel for parcel in parcels if parcel is not None}
+
     def notice(self, server: Server) -> None:
         """A server's state is new: wake who waits, and have requests go on elsewhere that cannot go on there."""
         state = server.keeper.state

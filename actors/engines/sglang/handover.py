@@ -111,8 +111,7 @@ class DiskHandover:
         """Nothing: the server has overwritten it."""
 
     def keep_only(self, *parcels: Parcel) -> None:
-        """Remove all other folders. The one before the newest must stay: a server falls back to it when loading
-        fails."""
+        """Remove all other folders."""
         kept = {parcel.folder for parcel in parcels}
         for other in self.folder.iterdir():
             if other.is_dir() and other not in kept:

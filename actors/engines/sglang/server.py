@@ -65,6 +65,8 @@ class Server:
         self.line = Line(client, facts, settings, counts=counts, abort=self.abort, broken=self.keeper.suspect)
         self.holds: Parcel | None = None
         """The weights it samples with; None: those it was started with, or some that are in doubt."""
+        self.taking: Parcel | None = None
+        """The weights it is being given."""
         self._facts = facts
         self._settings = settings
         self._handover = handover
@@ -166,7 +168,7 @@ class Server:
         client, began = self.client, time.monotonic()
         flush = self._settings.swap != "in_place"
         trouble = f"version {parcel.version} took it too long"
-        self.keeper.busy = True
+        self.keeper.busy, self.taking = True, parcel
         try:
             await client.pause(self._settings.swap, deadline_s=PAUSE_DEADLINE_S)
             await self._handover.deliver(parcel, client, flush=flush, deadline_s=SWAP_DEADLINE_S)
@@ -178,9 +180,8 @@ class Server:
         finally:
             if self.holds is not parcel:
                 self._condemn(trouble)  # before it goes on: nothing is to be sampled with weights that are in doubt
-            self.keeper.busy = False
-            with anyio.CancelScope(shield=True):
-                await client.resume(deadline_s=PAUSE_DEADLINE_S)
+            self.keeper.busy, self.taking = False, None
+            await self._resume()
         pause_s = time.monotonic() - began
         log.info("server took weights", server=self.name, version=parcel.version, pause_s=round(pause_s, 6))
         return pause_s
@@ -188,6 +189,14 @@ class Server:
     def _condemn(self, reason: str) -> None:
         self.holds = None
         self.keeper.condemn(reason)
+
+    async def _resume(self) -> None:
+        with anyio.CancelScope(shield=True):
+            try:
+                await self.client.resume(deadline_s=PAUSE_DEADLINE_S)
+            except (ServerGone, ServerRefused) as error:
+                self._condemn(f"it does not go on after a swap: {error}")
+                raise
 
     async def _attest(self, parcel: Parcel) -> None:
         """Compare the server's own checksums with what they must be."""

@@ -46,6 +46,8 @@ class Stub:
     refuses_weights: bool = False
     hang_updates: bool = False
     """Updates never end."""
+    stays_paused: bool = False
+    """Does not go on after a swap."""
     go_on: anyio.Event = field(default_factory=anyio.Event)
     arrived: anyio.Event = field(default_factory=anyio.Event)
     """A request for tokens is here."""
@@ -89,6 +91,8 @@ class Stub:
             if self.refuses_weights:
                 return web.json_response({"success": False, "message": "no room"}, status=400)
             self.version = body["weight_version"]
+        if self.stays_paused and request.path == "/continue_generation":
+            return web.json_response({"message": "stuck"}, status=500)
         return web.json_response({"success": True, "message": "", "ranks": [{"checksums": dict(self.checksums)}]})
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:

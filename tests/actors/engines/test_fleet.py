@@ -112,6 +112,14 @@ async def test_a_server_that_refused_weights_is_used_again_once_it_has_them(
         assert (await ask(engine, group)).versions.tolist() == [1] * 5 and len(second.asked("/generate")) == 1
 
 
+async def test_a_server_that_does_not_go_on_after_a_swap_is_not_used(model: PreTrainedModel, tmp_path: Path) -> None:
+    first, second = Stub(), Stub(stays_paused=True)
+    async with serving(model, first, second) as urls, SglangEngine.open(tmp_path, settings_of(urls), seed=0) as engine:
+        await engine.load(weights_of(model), version=1)
+        await ask(engine, group_of(second.url, urls))
+        assert not second.asked("/generate") and "does not go on" in engine.fleet.servers[second.url].keeper.detail
+
+
 async def test_when_no_server_takes_weights_the_load_fails_and_says_why_of_each(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:
