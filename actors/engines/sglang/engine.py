@@ -173,10 +173,15 @@ def _handover(
 
 @contextmanager
 def _output(log: Path | None) -> Iterator[Path]:
-    """`log`, or a temporary file that outlives the block only when an error ends it."""
+    """`log`, or a temporary file that outlives the block only if it was written and an error ends the block."""
     if log is not None:
         yield log
         return
     folder = Path(tempfile.mkdtemp(prefix="matpo-sglang-"))
-    yield folder / "engine.log"
-    shutil.rmtree(folder)
+    failed = True
+    try:
+        yield folder / "engine.log"
+        failed = False
+    finally:
+        if not (failed and any(folder.iterdir())):
+            shutil.rmtree(folder)
