@@ -146,20 +146,20 @@ class Follower:
         turn.make_room(current)
         base = None if self._whole else current
         draft: Path | None = None
-        held = None if base is None else base.version
+        held, digest = (None, None) if base is None else (base.version, base.digest)
         while chain := self._chain(ready, held):
             wanted = chain[0]
             path = await self._sources.fetch(wanted, turn)
             if wanted.base is None:
                 if draft is not None:
                     turn.drop(draft)
-                draft = path
+                draft, digest = path, None
             else:
                 if draft is None:
                     assert base is not None, "a chain from nothing begins with a keyframe"
                     draft = turn.draft()
                     await anyio.to_thread.run_sync(shutil.copyfile, base.path, draft)
-                await anyio.to_thread.run_sync(_patch, path, draft, wanted)
+                digest = await anyio.to_thread.run_sync(_patch, path, draft, wanted, digest)
                 turn.drop(path)
             turn.progress()
             held, ready = wanted.version, self._newest or ready
@@ -194,10 +194,11 @@ class Follower:
         await self._reports.send(WeightsLoaded(version=report.version, digest=report.digest, pause_s=report.pause_s))
 
 
-def _patch(delta: Path, draft: Path, wanted: WeightObject) -> None:
-    """Turn the draft into the delta's version where it lies."""
+def _patch(delta: Path, draft: Path, wanted: WeightObject, digest: str | None) -> str:
+    """Turn the draft (`digest`: its own, if known) into the delta's version where it lies; returns the new digest."""
     assert wanted.base is not None, "a keyframe is no delta"
-    patch_weights(delta, read_keyframe(draft, writable=True), base_version=wanted.base)
+    weights = read_keyframe(draft, writable=True)
+    return patch_weights(delta, weights, base_version=wanted.base, base_digest=digest)
 
 
 def _read(copy: Copy) -> Weights:

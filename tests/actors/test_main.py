@@ -84,7 +84,11 @@ def config_for(model: Path, **more: object) -> Config:
             "model": {"path": str(model)},
             "data": {"train": world, "evaluation": world},
             "episode": {"workflow": "single_agent", "root": "planner", "roles": {"planner": role}},
-            "actor": {"concurrency": 4, "engine": {"max_batch": 4, "max_context_tokens": 128}},
+            "actor": {
+                "concurrency": 4,
+                "engine": {"max_batch": 4, "max_context_tokens": 128},
+                "weights": {"memory": str(model)},
+            },
             **more,
         }
     )
