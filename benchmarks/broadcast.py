@@ -340,8 +340,8 @@ def measure(quick: bool) -> BroadcastFigures:
         trainer = Trainer(folder, link)
         actors = Actors(stack, address.endpoint, folder.config, Path(shared))
         keyframe_s, delta_s = measure_times(trainer, actors, rounds)
-        slow_actor_cost = measure_slow_actor(trainer, actors, rounds + 1, keyframe_s[4])
-        ours, plain = measure_cpu(trainer, psutil.Process(hub.pid), address.endpoint, Path(shared), rounds + 1)
+        slow_actor_cost = measure_slow_actor(trainer, actors, rounds, keyframe_s[4])
+        ours, plain = measure_cpu(trainer, psutil.Process(hub.pid), address.endpoint, Path(shared), rounds)
         return BroadcastFigures(
             keyframe_s=keyframe_s,
             delta_s=delta_s,

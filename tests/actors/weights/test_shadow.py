@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from actors.weights.follow import Follower
@@ -237,3 +238,21 @@ def test_actors_that_come_and_go_at_once_never_lose_the_folder_under_them(tmp_pa
     for thread in threads:
         thread.join(timeout=20)
     assert missing == [] and list(tmp_path.iterdir()) == []
+
+
+async def test_an_actor_that_waits_for_another_says_for_what(tmp_path: Path) -> None:
+    with ExitStack() as stack, anyio.fail_after(20):
+        actors = Actors(tmp_path, 1, stack)
+        (follower,) = actors.followers
+        other = stack.enter_context(Shadow.open("test", memory=tmp_path))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(follower.run)
+            async with other.turn():
+                follower.announce(actors.shelf.publish(0, delta=False))
+                while follower.waiting_for is None:
+                    await anyio.lowlevel.checkpoint()
+                assert follower.waiting_for[0] == "another actor of this machine that brings weights 0"
+            await actors.hubs[0].wait_reports(1)
+            while follower.waiting_for is not None:
+                await anyio.lowlevel.checkpoint()
+            tasks.cancel_scope.cancel()
