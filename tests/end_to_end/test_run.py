@@ -36,6 +36,11 @@ def test_data_of_older_weights_was_trained_on(run: Path) -> None:
     assert len(steps) >= STEPS
 
 
+def test_on_one_machine_weights_are_read_where_the_learner_wrote_them(run: Path) -> None:
+    status = [line for _, line in read_metrics(run / "metrics.jsonl") if line["stage"] == "hub"]
+    assert status[-1]["weights_served_bytes"] == 0
+
+
 def test_the_journal_alone_gives_the_same_weights_bit_for_bit(run: Path) -> None:
     replay = matpo("replay", str(run))
     assert replay.returncode == 0, replay.stdout + replay.stderr
