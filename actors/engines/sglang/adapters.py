@@ -52,6 +52,9 @@ class AdapterHandover:
         """A new PEFT folder. `file` is not used: an adapter is small."""
         return await anyio.to_thread.run_sync(self._prepare, weights, version)
 
+    async def meet(self, client: SglangClient) -> None:
+        """Nothing."""
+
     async def deliver(self, parcel: Parcel, client: SglangClient, *, flush: bool, deadline_s: float) -> None:
         """Load the adapter beside the ones the server has."""
         body = {"lora_name": parcel.adapter, "lora_path": str(parcel.folder)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from actors.engines.sglang.handover import WEIGHT_FILE, DiskHandover, Parcel
 from actors.engines.sglang.link import Sender, SenderLost
 from actors.engines.sglang.model import ModelFacts
 from matpo.config import SglangEngine as Settings
+from matpo.errors import UserError
 from protocols.weights import Weights
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -27,6 +29,7 @@ SENDER_START_S: Final = 120.0
 """For a sender to import torch on a crowded machine."""
 CALL_DEADLINE_S: Final = 60.0
 """For a server to join, to open or close a session, to take one bucket."""
+PART_DEADLINE_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +61,12 @@ class CollectiveHandover:
     @classmethod
     @asynccontextmanager
     async def open(cls, settings: Settings, facts: ModelFacts, *, log_file: Path | None) -> AsyncIterator[Self]:
-        """Senders start with the first delivery and end here. `log_file` receives what they print."""
+        """Senders start with the first delivery and end here. `log_file` receives what they print.
+
+        Raises `UserError` where they could not be started.
+        """
+        if shutil.which(settings.python) is None:
+            raise UserError(f"actor.engine.python {settings.python!r} is no program; the sender of weights needs it")
         async with DiskHandover.open(settings, facts) as folders:
             handover = cls(folders, settings, facts, log_file)
             try:
@@ -85,6 +93,11 @@ class CollectiveHandover:
 
     async def retire(self, parcel: Parcel, client: SglangClient, *, deadline_s: float) -> None:
         """Nothing: the server has overwritten it."""
+
+    async def meet(self, client: SglangClient) -> None:
+        """Build the group, which takes seconds where there is none yet."""
+        with suppress(SenderLost, ServerGone, ServerRefused):
+            await self._group(client)
 
     async def deliver(self, parcel: Parcel, client: SglangClient, *, flush: bool, deadline_s: float) -> None:
         """Broadcast all tensors. What fails is tried a second time with a new sender."""
@@ -160,12 +173,15 @@ class CollectiveHandover:
             "group_name": sender.group,
             "backend": settings.backend,
         }
+        joined = False
         try:
             await client.command("/init_weights_update_group", body, deadline_s=CALL_DEADLINE_S)
             await sender.reply(deadline_s=CALL_DEADLINE_S)
-        except (SenderLost, ServerGone, ServerRefused):
-            await self._part(client)
-            raise
+            joined = True
+        finally:
+            if not joined:
+                with anyio.CancelScope(shield=True):
+                    await self._part(client)
         return group
 
     async def _part(self, client: SglangClient) -> None:
@@ -177,7 +193,7 @@ class CollectiveHandover:
         if group.url == client.url:
             with suppress(ServerGone, ServerRefused):
                 body = {"group_name": group.sender.group}
-                await client.command("/destroy_weights_update_group", body, deadline_s=CALL_DEADLINE_S)
+                await client.command("/destroy_weights_update_group", body, deadline_s=PART_DEADLINE_S)
 
 
 async def _begin(client: SglangClient) -> None:

@@ -55,6 +55,10 @@ class Handover(Protocol):
         """Once per version, while the servers go on sampling. `file` as in `Engine.load`."""
         ...
 
+    async def meet(self, client: SglangClient) -> None:
+        """What can be done before the server is paused. Failures show in `deliver`, which makes up for it."""
+        ...
+
     async def deliver(self, parcel: Parcel, client: SglangClient, *, flush: bool, deadline_s: float) -> None:
         """Load the weights into one paused server; `flush`: it forgets all keys and values. May be asked for several
         servers at once, and again for one that was restarted. Raises `ServerGone` or `ServerRefused`."""
@@ -98,6 +102,9 @@ class DiskHandover:
     async def prepare(self, weights: Weights, *, version: int, file: Path | None) -> Parcel:
         """A new folder with the model's own files and these weights."""
         return await anyio.to_thread.run_sync(self._prepare, weights, version, file)
+
+    async def meet(self, client: SglangClient) -> None:
+        """Nothing."""
 
     async def deliver(self, parcel: Parcel, client: SglangClient, *, flush: bool, deadline_s: float) -> None:
         """Tell the server to load the folder."""

@@ -165,11 +165,12 @@ class Server:
             await self._handover.retire(parcel, self.client, deadline_s=PAUSE_DEADLINE_S)
 
     async def _replace(self, parcel: Parcel) -> float:
-        client, began = self.client, time.monotonic()
-        flush = self._settings.swap != "in_place"
+        client, flush = self.client, self._settings.swap != "in_place"
         trouble = f"version {parcel.version} took it too long"
         self.keeper.busy, self.taking = True, parcel
         try:
+            await self._handover.meet(client)
+            began = time.monotonic()
             await client.pause(self._settings.swap, deadline_s=PAUSE_DEADLINE_S)
             await self._handover.deliver(parcel, client, flush=flush, deadline_s=SWAP_DEADLINE_S)
             await self._attest(parcel)

@@ -13,12 +13,15 @@ import pytest
 from transformers import PreTrainedModel
 
 from actors.engines.engine import EngineFailure, Generation
+from actors.engines.sglang.engine import SglangEngine
 from actors.engines.sglang.link import SENDER
 from matpo.config import Sampling
+from matpo.config import SglangEngine as Settings
 from protocols.weights import weights_digest
 from tests.actors.engines.conftest import OpenEngine
 from tests.actors.engines.models import hugging_face_logprobs, make_model, prompt_of, weights_of
 from tests.actors.engines.servers import PYTHON
+from tests.actors.engines.stub import Stub
 from tests.actors.engines.test_contract import check_swap_in_flight, generate_all
 
 pytestmark = pytest.mark.sglang
@@ -120,6 +123,20 @@ async def test_a_sender_killed_in_the_middle_of_a_session_is_replaced_and_the_we
         (second,) = senders()
         check(await generate_all(engine, PROMPTS, SAMPLING), model, version=1)
     assert first.pid != second.pid
+
+
+async def test_a_server_that_never_joins_keeps_no_other_from_its_weights(broadcast: OpenEngine, tmp_path: Path) -> None:
+    model, stub = make_model("qwen3", tmp_path), Stub()
+    assert isinstance(broadcast.settings, Settings) and broadcast.server is not None
+    real = broadcast.server.url(tmp_path)
+    with anyio.fail_after(150):
+        async with stub.serve():
+            settings = broadcast.settings.model_copy(update={"urls": (real, stub.url)})
+            async with SglangEngine.open(tmp_path, settings, seed=0, log=tmp_path / "log") as engine:
+                await engine.load(weights_of(model), version=4)
+                assert [server.client.url for server in engine.fleet.usable] == [real]
+                check(await generate_all(engine, PROMPTS, SAMPLING), model, version=4)
+    assert stub.asked("/init_weights_update_group")
 
 
 async def test_senders_that_cannot_be_started_leave_the_old_weights_in_use(
