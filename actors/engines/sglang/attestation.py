@@ -85,7 +85,8 @@ def _share(tensor: Tensor, cut: Cut, *, rank: int, ranks: int, facts: ModelFacts
     data = tensor.data
     match cut:
         case "vocabulary":
-            data = np.concatenate([data, np.zeros((-len(data) % VOCABULARY_MULTIPLE, *data.shape[1:]), data.dtype)])
+            padding = np.zeros((_padding_rows(len(data), ranks), *data.shape[1:]), data.dtype)
+            data = np.concatenate([data, padding])
         case "heads" if facts.key_value_heads < ranks:
             # Several ranks hold the same head.
             rank, ranks = rank * facts.key_value_heads // ranks, facts.key_value_heads
@@ -95,6 +96,12 @@ def _share(tensor: Tensor, cut: Cut, *, rank: int, ranks: int, facts: ModelFacts
     size = data.shape[axis] // ranks if data.ndim else 1
     own = data if ranks == 1 else np.take(data, range(rank * size, (rank + 1) * size), axis=axis)
     return Tensor(tensor.dtype, np.ascontiguousarray(own))
+
+
+def _padding_rows(rows: int, ranks: int) -> int:
+    """Zeros behind the vocabulary."""
+    padding = -rows % VOCABULARY_MULTIPLE
+    return padding if (rows + padding) % ranks == 0 else -rows % (VOCABULARY_MULTIPLE * ranks)
 
 
 def first_difference(expected: Mapping[str, str], reported: Mapping[str, str], *, tied: bool) -> str | None:
