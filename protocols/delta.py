@@ -7,9 +7,9 @@ escapes (`protocols.ulp`), none for an empty stream; the header, zstd-compressed
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Final, Literal, NamedTuple, Self
 
@@ -77,7 +77,9 @@ class EncodedPart:
     """What a delta file holds of one part."""
 
     lengths: Counts
-    frames: tuple[bytes, bytes, bytes, bytes]
+    """Items of each stream."""
+    frames: Sequence[bytes | memoryview]
+    """The streams, compressed."""
 
 
 class Encoder:
@@ -115,6 +117,34 @@ class Encoder:
             np.empty(self._most, np.dtype("<u2")),
             np.empty(self._most if self._wide else 0, np.dtype("<u4")),
         )
+
+
+def decode(encoded: EncodedPart, arrays: Sequence[Bits]) -> list[bool]:
+    """Make a part's changes in its slices, in order; returns which have any.
+
+    Raises `BadDelta` if the streams are no changes of such arrays. Nothing is allocated beyond the arrays' size.
+    """
+    elements = sum(map(len, arrays))
+    gaps, values, wide16, wide32 = encoded.lengths
+    if values > elements or gaps > values + elements // ulp.SKIP or wide16 + wide32 > values:
+        raise BadDelta(f"claims more changes than the {elements} elements of a part can have")
+    sizes = zip(encoded.frames, (gaps, values, 2 * wide16, 4 * wide32), strict=True)
+    frames = [_unpack(frame, size) if len(frame) or size else b"" for frame, size in sizes]
+    streams = _Streams(
+        np.frombuffer(frames[0], np.uint8),
+        np.frombuffer(frames[1], np.uint8),
+        np.frombuffer(frames[2], "<u2"),
+        np.frombuffer(frames[3], "<u4"),
+    )
+    at = ulp.start_decoding()
+    made = [0]
+    for array in arrays:
+        if not ulp.decode(array, *streams, at):
+            raise BadDelta("has a stream that ends too early")
+        made.append(int(at[1]))
+    if not np.array_equal(at[: ulp.CARRIED], encoded.lengths):
+        raise BadDelta("has more changes of a part than fit there")
+    return [before < after for before, after in pairwise(made)]
 
 
 class DeltaWriter:
@@ -256,13 +286,13 @@ def _patch(path: Path, weights: Weights, base_version: int, base_digest: str | N
     elements = sum(tensor.data.size for tensor in weights.values())
     if len(header.parts) != -(-elements // header.part_elements):
         raise BadDelta(f"has {len(header.parts)} parts, its header says otherwise")
-    starts = accumulate((sum(entry.packed) for entry in header.parts), initial=len(_MAGIC))
 
-    def patch(work: tuple[Part, _PartEntry, int]) -> set[str]:
-        part, entry, start = work
-        return _patch_part(part, slices(weights, part), entry, raw[start : start + sum(entry.packed)])
+    def patch(work: tuple[Part, EncodedPart]) -> set[str]:
+        part, encoded = work
+        changed = decode(encoded, slices(weights, part))
+        return {piece.name for piece, moved in zip(part, changed, strict=True) if moved}
 
-    parts = zip(cut(weights, header.part_elements), header.parts, starts, strict=False)
+    parts = zip(cut(weights, header.part_elements), _parts(header, raw), strict=True)
     changed = set[str]().union(*in_order(patch, parts, threads))
     unsure = {name: weights[name] for name in weights if name in changed or name not in held}
     held |= {known.name: known for known in identities(unsure, threads)}
@@ -289,33 +319,12 @@ def _read_header(raw: memoryview) -> _Header:
     return header
 
 
-def _patch_part(part: Part, arrays: Sequence[Bits], entry: _PartEntry, packed: memoryview) -> set[str]:
-    """Change one part; returns the tensors that have changes there. Nothing beyond the part's size is allocated."""
-    elements = sum(map(len, arrays))
-    gaps, values, wide16, wide32 = entry.lengths
-    if values > elements or gaps > values + elements // ulp.SKIP or wide16 + wide32 > values:
-        raise BadDelta(f"claims more changes from {part[0]} on than there are elements")
-    frames: list[bytes] = []
-    for size, length, width in zip(entry.packed, entry.lengths, (1, 1, 2, 4), strict=True):
-        frames.append(_unpack(packed[:size], length * width) if size or length else b"")
-        packed = packed[size:]
-    streams = _Streams(
-        np.frombuffer(frames[0], np.uint8),
-        np.frombuffer(frames[1], np.uint8),
-        np.frombuffer(frames[2], "<u2"),
-        np.frombuffer(frames[3], "<u4"),
-    )
-    at = ulp.start_decoding()
-    changed: set[str] = set()
-    for piece, array in zip(part, arrays, strict=True):
-        before = at[1]
-        if not ulp.decode(array, *streams, at):
-            raise BadDelta(f"is damaged in {piece}")
-        if at[1] > before:
-            changed.add(piece.name)
-    if not np.array_equal(at[: ulp.CARRIED], entry.lengths):
-        raise BadDelta(f"has more changes from {part[0]} on than fit there")
-    return changed
+def _parts(header: _Header, raw: memoryview) -> Iterator[EncodedPart]:
+    at = len(_MAGIC)
+    for entry in header.parts:
+        ends = list(accumulate(entry.packed, initial=at))
+        yield EncodedPart(entry.lengths, [raw[start:stop] for start, stop in pairwise(ends)])
+        at = ends[-1]
 
 
 def _shapes(weights: Weights) -> set[tuple[str, WeightDtype, tuple[int, ...]]]:
@@ -333,7 +342,7 @@ def _pack(stream: NDArray[np.generic]) -> bytes:
     return zstandard.ZstdCompressor(compression_params=_ZSTD).compress(stream.data) if len(stream) else b""
 
 
-def _unpack(frame: memoryview, length: int, *, exactly: bool = True) -> bytes:
+def _unpack(frame: bytes | memoryview, length: int, *, exactly: bool = True) -> bytes:
     """Decompress a frame of so many bytes, or of at most so many."""
     try:
         found = zstandard.get_frame_parameters(frame).content_size
