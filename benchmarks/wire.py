@@ -1,5 +1,5 @@
-"""What trees and new weights cost on the wire: bytes per token, codec and delta rates per core, acknowledged
-gigabytes per second between two processes. `python -m benchmarks.wire [--quick]`; the last line is one JSON object."""
+"""What trees and chunks of weights cost on the wire: bytes per token, codec rates per core, acknowledged gigabytes per
+second between two processes. `python -m benchmarks.wire [--quick]`; the last line is one JSON object."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import argparse
 import math
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import anyio
@@ -21,10 +19,8 @@ import orjson
 
 from protocols.channel import HubClient, HubSocket
 from protocols.codec import decode_header, decode_tree, encode_tree
-from protocols.delta import apply_delta, write_delta
 from protocols.messages import Ack, ActorMessage, Chunk, ChunkRequest, Goodbye, TreeUpload
 from protocols.records import EpisodeTree, Task, ToolSpan, Trajectory, Turn, WeightStamp
-from protocols.weights import Tensor, Weights, weights_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAJECTORIES, TOKENS_EACH, PROMPT, EXCHANGES = 40, 7_500, 1_500, 8
@@ -130,55 +126,6 @@ def measure_codec(rounds: int) -> list[Row]:
     ]
 
 
-def to_bfloat16(values: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> Tensor:
-    """Round to nearest, ties to even, without torch."""
-    bits = values.view(np.uint32)
-    return Tensor("bfloat16", ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16))
-
-
-def one_step(base: Weights, density: float) -> Weights:
-    """The weights with that share of elements moved by one ulp up or down."""
-    random = np.random.default_rng(1)
-    moved: dict[str, Tensor] = {}
-    for name, tensor in base.items():
-        size = tensor.data.size
-        ulps = np.where(random.random(size) < density, random.choice(np.array([1, 0xFFFF], np.uint16), size), 0)
-        moved[name] = Tensor("bfloat16", (tensor.data + ulps).astype(np.uint16))
-    return moved
-
-
-def measure_delta(folder: Path, rounds: int) -> list[Row]:
-    """Rates in dense bytes, at the two densities measured for RL steps of learning rate 1e-6 and 1e-5."""
-    random = np.random.default_rng(0)
-    base = {f"layer.{i}": to_bfloat16(random.normal(0, 0.02, 2**21).astype(np.float32)) for i in range(16)}
-    elements = 16 * 2**21
-    rows: list[Row] = []
-    for label, density in (("lr_1e-6", 0.0035), ("lr_1e-5", 0.0137)):
-        target, path = one_step(base, density), folder / label
-        encode = partial(write_delta, path, base, target, base_version=0, version=1)
-        decode = partial(apply_delta, path, base, base_version=0)
-        size = encode().size_bytes
-        assert weights_digest(decode()) == weights_digest(target)
-        bits = -(density * math.log2(density) + (1 - density) * math.log2(1 - density)) + density
-        rows += [
-            Row(f"delta_{label}_times_smaller", 2 * elements / size, "x than dense bfloat16", ">= 100"),
-            Row(
-                f"delta_{label}_of_entropy", size / (bits * elements / 8), "x entropy of positions and signs", "<= 1.1"
-            ),
-            Row(
-                f"delta_{label}_encode_gb_per_s",
-                2 * elements / 1e9 / best_cpu_s(encode, rounds=rounds, repeats=2),
-                "GB of dense weights per CPU second",
-            ),
-            Row(
-                f"delta_{label}_apply_gb_per_s",
-                2 * elements / 1e9 / best_cpu_s(decode, rounds=rounds, repeats=2),
-                "the same, digests checked",
-            ),
-        ]
-    return rows
-
-
 async def serve() -> None:
     """The hub's process: acknowledge every tree, answer every chunk request."""
     chunk = bytes(CHUNK_BYTES)
@@ -254,8 +201,6 @@ def main() -> int:
         return 0
     rounds = 8 if options.quick else 25
     rows = measure_codec(rounds)
-    with tempfile.TemporaryDirectory() as folder:
-        rows += measure_delta(Path(folder), rounds)
     with hub_process() as endpoint:
         frames = encode_tree(make_tree(151_936))
         rows += anyio.run(measure_loopback, endpoint, frames, rounds, backend_options={"use_uvloop": True})

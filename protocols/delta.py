@@ -29,7 +29,7 @@ Count = Annotated[int, Field(ge=0)]
 Counts = tuple[Count, Count, Count, Count]
 """One for each stream: gaps, values, uint16 escapes, uint32 escapes."""
 
-PART_ELEMENTS: Final = 2**23
+PART_ELEMENTS: Final = 2**22
 """Enough for a part's changes to be worth the tables of a zstd frame, few enough to share a small model out evenly."""
 _MAGIC: Final = b"matpodl2"
 _SIZE_BYTES: Final = 8
