@@ -1,9 +1,11 @@
 """What a weight update costs: size against the entropy bound and the dense weights, GB of dense weights encoded and
-applied per CPU second beside XOR + zstd-1 on the same weights in the same run, and the publisher's memory.
+applied per CPU second beside XOR + zstd-1 on the same weights in the same run, the publisher's memory, and what
+`benchmarks.broadcast` measures between publication and loaded weights.
 
 SmolLM2-135M after real AdamW steps (float32 master weights; a policy gradient on text): one step at 1e-6, one at 1e-5.
 Its weights are those of `make smollm2` where .cache/smollm2 exists, otherwise seeded ones of the same shapes.
-`python -m benchmarks.weights [--quick]`; the last line is one JSON object.
+`python -m benchmarks.weights [--quick]` (quick: without the broadcast, which has a quick form of its own); the last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import zstandard
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks import broadcast
 from learner.trainer.publish import Publisher, to_weights
 from protocols.delta import PART_ELEMENTS, EncodedPart, Encoder, decode, patch_weights, write_delta
 from protocols.messages import Publish
@@ -293,9 +296,9 @@ def measure(update: Update, folder: Path, rounds: int) -> Figures:
 def main() -> int:
     """Measure, print the table, print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter steps, fewer rounds; under 60 s")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter steps, no broadcast; under 60 s")
     quick = parser.parse_args().quick
-    rounds, steps, rows, length = (3, 3, 2, 32) if quick else (15, 16, 4, 128)
+    rounds, steps, rows, length = (3, 2, 1, 32) if quick else (15, 16, 4, 128)
     found: dict[str, Figures] = {}
     with tempfile.TemporaryDirectory() as name:
         for label, update in zip(RATES, train(Path(name), steps=steps, rows=rows, length=length), strict=True):
@@ -306,8 +309,17 @@ def main() -> int:
     for figure in tables["lr_1e-6"]:
         values = "".join(f"{table[figure]:>12.4g}" for table in tables.values())
         print(f"{figure:<26}{values}  {BARS.get(figure, '')}")
-    rounded = {label: {key: round(value, 4) for key, value in table.items()} for label, table in tables.items()}
-    print(orjson.dumps(rounded).decode())
+    figures: dict[str, object] = {
+        label: {key: round(value, 4) for key, value in table.items()} for label, table in tables.items()
+    }
+    if not quick:
+        spread = broadcast.measure(quick=False)
+        figures |= {
+            "slow_actor_cost": spread.slow_actor_cost,
+            "publish_to_loaded_s": {"keyframe": spread.keyframe_s, "delta": spread.delta_s},
+            "cpu_per_gb_vs_tcp": spread.cpu_per_gb_vs_tcp,
+        }
+    print(orjson.dumps(figures, option=orjson.OPT_NON_STR_KEYS).decode())
     return 0
 
 
