@@ -14,6 +14,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -59,6 +60,7 @@ class Outbox:
         self._limit = limit_trees
         self._resend_s = resend_s
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        """Only the first `WINDOW_TREES` are ever on their way."""
         self._changed = anyio.Event()
         self.dropped: Counter[str] = Counter()
         """Trees the hub will never take, by reason."""
@@ -153,14 +155,14 @@ class Outbox:
     def _next(self) -> str | None:
         """The oldest tree to send now: never sent, or not acknowledged for too long."""
         overdue = time.monotonic() - self._resend_s
-        for on_their_way, (tree_id, entry) in enumerate(self._entries.items()):
+        for tree_id, entry in islice(self._entries.items(), WINDOW_TREES):
             if entry.sent_at is None or entry.sent_at <= overdue:
-                return tree_id if on_their_way < WINDOW_TREES else None
+                return tree_id
         return None
 
     def _patience_s(self) -> float:
         """Seconds until the first tree on its way is overdue."""
-        sent = [entry.sent_at for entry in self._entries.values() if entry.sent_at is not None]
+        sent = [e.sent_at for e in islice(self._entries.values(), WINDOW_TREES) if e.sent_at is not None]
         return max(0.0, min(sent) + self._resend_s - time.monotonic()) if sent else float("inf")
 
     def _recover(self) -> None:

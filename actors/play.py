@@ -42,7 +42,7 @@ class _Held:
     """A lease with episodes still to be played or under way."""
 
     lease: Lease
-    expires_at: float
+    taken_at: float
     """Monotonic seconds."""
     queued: deque[int]
     live: dict[int, anyio.CancelScope] = field(default_factory=dict)
@@ -57,8 +57,12 @@ class Player:
         self._version = version
         self._store = store
         self._concurrency = concurrency
-        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._held: dict[str, _Held] = {}
+        self._waiting: dict[str, _Held] = {}
+        """Those with episodes not begun, oldest first."""
         self._known: OrderedDict[str, None] = OrderedDict()
+        self._live = self._queued = 0
+        self._renewed_at = time.monotonic()
         self._draining = False
         self._changed = anyio.Event()
         self.counts: Counter[str] = Counter()
@@ -67,12 +71,12 @@ class Player:
     @property
     def live(self) -> int:
         """Episodes under way."""
-        return sum(len(held.live) for held in self._held.values())
+        return self._live
 
     @property
     def queued(self) -> int:
         """Leased episodes not begun."""
-        return sum(len(held.queued) for held in self._held.values())
+        return self._queued
 
     @property
     def wanted(self) -> int:
@@ -92,7 +96,7 @@ class Player:
         if self._store.full:
             return "the hub to acknowledge trees (outbox full)", "start the hub or raise actor.outbox_limit_trees"
         if self.queued and self.live < self._concurrency:
-            needed = min(held.lease.min_version for held in self._held.values() if held.queued)
+            needed = min(held.lease.min_version for held in self._waiting.values())
             return f"weights of version {needed}", "see the trainer's log and the actor's weight follower"
         if not self._held:
             return "leases", "the trainer is busy or the hub's admission is full; raise freshness.eta"
@@ -105,22 +109,20 @@ class Player:
         self._known[lease.lease_id] = None
         if len(self._known) > REMEMBERED_LEASES:
             self._known.popitem(last=False)
-        expires_at = time.monotonic() + lease.expires_s
-        self._held[lease.lease_id] = _Held(lease, expires_at, deque(lease.episodes))
+        held = _Held(lease, time.monotonic(), deque(lease.episodes))
+        self._held[lease.lease_id] = self._waiting[lease.lease_id] = held
+        self._queued += len(held.queued)
         self.notice()
 
     def renew(self) -> None:
         """The hub answered: it has our heartbeats."""
-        now = time.monotonic()
-        for held in self._held.values():
-            held.expires_at = now + held.lease.expires_s
+        self._renewed_at = time.monotonic()
 
     def cancel(self, lease_id: str) -> None:
         """Stop playing a lease."""
         held = self._held.pop(lease_id, None)
         if held is not None:
-            self.counts["cancelled"] += len(held.queued) + len(held.live)
-            held.queued.clear()
+            self.counts["cancelled"] += len(held.live) + self._give_up(held)
             for scope in held.live.values():
                 scope.cancel()
             self.notice()
@@ -151,27 +153,40 @@ class Player:
                     continue
                 held, episode = following
                 scope = held.live[episode] = anyio.CancelScope()
+                self._live += 1
                 episodes.start_soon(self._episode, held, episode, scope, name=f"{held.lease.lease_id}/{episode}")
 
     def _next(self) -> tuple[_Held, int] | None:
-        """The oldest leased episode that may begin now."""
+        """The oldest leased episode that may begin now. Looks no further: there may be hundreds of leases."""
         if self._draining or self._store.full or self.live >= self._concurrency:
             return None
-        self._drop_expired()
-        version = self._version()
-        for held in self._held.values():
-            if held.queued and version >= max(held.lease.min_version, 0):
-                return held, held.queued.popleft()
-        return None
+        version, now = self._version(), time.monotonic()
+        expired: list[_Held] = []
+        chosen: _Held | None = None
+        for held in self._waiting.values():
+            if max(held.taken_at, self._renewed_at) + held.lease.expires_s < now:
+                expired.append(held)
+            elif version >= max(held.lease.min_version, 0):
+                chosen = held
+                break
+        for held in expired:  # the hub has surely handed it on; what is under way is still welcome
+            self.counts["expired"] += self._give_up(held)
+            self._forget_finished(held)
+        if chosen is None:
+            return None
+        episode = chosen.queued.popleft()
+        self._queued -= 1
+        if not chosen.queued:
+            del self._waiting[chosen.lease.lease_id]
+        return chosen, episode
 
-    def _drop_expired(self) -> None:
-        """Give up what was not begun of leases the hub has surely handed on; what is under way is still welcome."""
-        now = time.monotonic()
-        for held in list(self._held.values()):
-            if held.queued and held.expires_at < now:
-                self.counts["expired"] += len(held.queued)
-                held.queued.clear()
-                self._forget_finished(held)
+    def _give_up(self, held: _Held) -> int:
+        """Begin no more of a lease. Returns how many episodes that leaves unplayed."""
+        given_up = len(held.queued)
+        held.queued.clear()
+        self._queued -= given_up
+        self._waiting.pop(held.lease.lease_id, None)
+        return given_up
 
     async def _episode(self, held: _Held, episode: int, scope: anyio.CancelScope) -> None:
         lease = held.lease
@@ -185,6 +200,7 @@ class Player:
             log.exception("episode failed", lease=lease.lease_id, task=lease.task.task_id, reason=reason)
         finally:
             del held.live[episode]
+            self._live -= 1
             self._forget_finished(held)
             self.notice()
 

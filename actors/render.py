@@ -6,6 +6,7 @@ chat template, rendered after a stand-in for the assistant's turn, and what foll
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,9 @@ from protocols.records import Tokens
 
 Speaker = Literal["system", "user", "assistant", "tool"]
 ToolSchema = Mapping[str, JsonValue]
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One text at a time needs no thread pool, whose mere existence makes every child process print a warning.
 
 _SLOT = "SL{}OT"
 _ASSISTANT = "ASSIS0TANT"
@@ -61,6 +65,20 @@ class Frame:
             length += len(piece) + len(after)
             starts.append(length)
         return "".join(parts), [start - lead for start, lead in zip(starts[:-1], self.leads, strict=True)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opening:
+    """A conversation's first prompt but for the user's message: system message, tool list, generation prompt."""
+
+    tokens: Tokens
+    """How every such prompt begins; nothing but a control token ends it, so that what follows cannot change it."""
+    frame: Frame
+    """The rest."""
+
+
+_PROBES = ("x", " x", "\nx", "0", ".", "é")
+"""Beginnings that join differently with what stands before them, in one tokenizer or another."""
 
 
 class Renderer:
@@ -103,19 +121,19 @@ class Renderer:
         messages = [Message("system", "S"), Message("user", "Q")]
         return bool(tools) and self._chat_text(messages, tools=tools) != self._chat_text(messages)
 
-    def opening(self, system: str, tools: Sequence[ToolSchema]) -> Frame:
-        """The frame of a conversation's first prompt: system message, tool list, user message, generation prompt."""
+    def opening(self, system: str, tools: Sequence[ToolSchema]) -> Opening:
+        """The opening of a role's conversations; its constant part is tokenised here, once and for all."""
         if system and not self._has_system:
-            return self._frame(
-                lambda c: self._chat_text([Message("user", f"{system}\n\n{c[0].strip()}")], tools=tools), 1
+            return self._opening(
+                self._frame(lambda c: self._chat_text([Message("user", f"{system}\n\n{c[0].strip()}")], tools=tools), 1)
             )
         head = [Message("system", system)] if system else []
-        return self._frame(lambda c: self._chat_text([*head, Message("user", c[0])], tools=tools), 1)
+        return self._opening(self._frame(lambda c: self._chat_text([*head, Message("user", c[0])], tools=tools), 1))
 
-    def first(self, opening: Frame, content: str) -> Tokens:
+    def first(self, opening: Opening, content: str) -> Tokens:
         """Tokens of the first prompt with `content` as the user's message."""
-        text, _ = opening.fill([self._tame(content)])
-        return np.asarray(self._encoded(text), dtype=np.int32)
+        text, _ = opening.frame.fill([self._tame(content)])
+        return np.concatenate([opening.tokens, _array(self._encoded(text))])
 
     def follow(self, sampled: Tokens, messages: Sequence[Message]) -> list[Tokens]:
         """What `messages` add after an assistant turn that sampled `sampled`: one token array per message.
@@ -130,13 +148,13 @@ class Renderer:
         text, starts = frame.fill([self._tame(message.content) for message in messages])
         if starts:
             encoding = self._backend.encode(text, add_special_tokens=False)
-            ids, firsts = encoding.ids, [start for start, _ in encoding.offsets]
+            ids, firsts = tuple(encoding.ids), [start for start, _ in encoding.offsets]
             cuts = [bisect_right(firsts, start - 1) for start in starts]
         else:
-            ids, cuts = list(self._encoded(text)), []
+            ids, cuts = self._encoded(text), []
         already = self._overlap(sampled, ids)
         edges = [already, *(max(already, cut) for cut in cuts), len(ids)]
-        return [np.asarray(ids[a:b], dtype=np.int32) for a, b in pairwise(edges)]
+        return [_array(ids[a:b]) for a, b in pairwise(edges)]
 
     def text(self, sampled: Tokens) -> str:
         """The message in sampled tokens, without the end of its turn."""
@@ -151,7 +169,19 @@ class Renderer:
         return self._backend.decode(tokens.tolist(), skip_special_tokens=False)
 
     def _encode_afresh(self, text: str) -> tuple[int, ...]:
-        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+        # The batch form can leave out offsets, a third of the work.
+        return tuple(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+    def _opening(self, frame: Frame) -> Opening:
+        """Cut after the last control token before the user's message, unless the tokenizer looks across it."""
+        head, *texts = frame.texts
+        marks = [] if self._control is None else list(self._control.finditer(head))
+        cut = marks[-1].end() if marks else 0
+        known, rest = self._encode_afresh(head[:cut]), replace(frame, texts=(head[cut:], *texts))
+        for probe in _PROBES:
+            if (*known, *self._encode_afresh(rest.fill([probe])[0])) != self._encode_afresh(frame.fill([probe])[0]):
+                return Opening(_array(()), frame)
+        return Opening(_array(known), rest)
 
     def _encoded(self, text: str) -> tuple[int, ...]:
         return self._encode(text) if len(text) <= _CACHED_CHARACTERS else self._encode_afresh(text)
@@ -245,6 +275,10 @@ class Renderer:
             tokenize=False,
         )
         return cast(str, text)
+
+
+def _array(ids: Sequence[int]) -> Tokens:
+    return np.fromiter(ids, dtype=np.int32, count=len(ids))
 
 
 def _common_suffix(one: str, other: str) -> int:

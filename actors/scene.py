@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from actors.calls import AGENT_SERVER, FORMATS, CallFormat, Offer, function_schema
 from actors.conversation import Conversation
 from actors.engines.engine import Engine
-from actors.render import Frame, Renderer
+from actors.render import Opening, Renderer
 from actors.tools.plane import ToolResult, ToolSpec
 from matpo.config import Config, Role, Sampling
 from matpo.errors import UserError
@@ -60,7 +60,7 @@ class Part:
 
     role: Role
     offers: Mapping[str, Offer]
-    opening: Frame
+    opening: Opening
     sampling: Sampling
 
 

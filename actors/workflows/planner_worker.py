@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from actors.agent import Agent, Report
 from actors.scene import Scene, fill
 
@@ -12,11 +14,17 @@ async def planner_worker(scene: Scene) -> None:
     A worker reads the main question beside its subtask where its role has `recap` on. Delegations of one message run
     side by side.
     """
-    episode, question = scene.stage.config.episode, scene.task.question
+    root, question = scene.stage.config.episode.root, scene.task.question
+    await Agent(scene, root, question, delegate=_Workers(scene)).play()
 
-    async def delegate(role: str, subtask: str, parent: tuple[int, int]) -> Report:
-        settings = episode.roles[role]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Workers:
+    """Plays a worker. A function that hands itself on would be a cycle, and keep every episode in memory for long."""
+
+    scene: Scene
+
+    async def __call__(self, role: str, subtask: str, parent: tuple[int, int]) -> Report:
+        settings, question = self.scene.stage.config.episode.roles[role], self.scene.task.question
         message = fill(settings.first_message, question=question, subtask=subtask) if settings.recap else subtask
-        return await Agent(scene, role, message, parent=parent, subtask=subtask, delegate=delegate).play()
-
-    await Agent(scene, episode.root, question, delegate=delegate).play()
+        return await Agent(self.scene, role, message, parent=parent, subtask=subtask, delegate=self).play()

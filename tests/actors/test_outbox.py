@@ -8,11 +8,13 @@ from pathlib import Path
 import anyio
 import pytest
 
+from actors import outbox as module
 from actors.outbox import WINDOW_TREES, Outbox
 from matpo.errors import UserError
 from protocols.codec import decode_tree
 from protocols.messages import Refuse, TreeUpload
 from tests.actors.trees import small_tree
+from tests.counting import lines_run
 
 PATIENCE_S = 10.0
 
@@ -152,3 +154,25 @@ def test_two_actors_cannot_share_an_outbox(tmp_path: Path) -> None:
         Outbox.open(tmp_path, limit_trees=2),
     ):
         pass
+
+
+async def test_a_tree_more_costs_the_same_however_many_wait_for_the_hub(tmp_path: Path) -> None:
+    work: list[int] = []
+    for backlog in (WINDOW_TREES, 4 * WINDOW_TREES):
+        wire = Wire()
+        with Outbox.open(tmp_path / str(backlog), limit_trees=1_000) as outbox:
+            for number in range(backlog):
+                outbox.put(small_tree(f"tree-{number}"))
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(outbox.upload, wire)
+                await wire.wait_sent(WINDOW_TREES)
+                await anyio.wait_all_tasks_blocked()
+                with lines_run(module) as lines:
+                    outbox.put(small_tree("one more"))
+                    await anyio.wait_all_tasks_blocked()
+                    outbox.acknowledge("tree-0")
+                    await wire.wait_sent(WINDOW_TREES + 1)
+                    await anyio.wait_all_tasks_blocked()
+                work.append(lines[0])
+                tasks.cancel_scope.cancel()
+    assert work[0] == work[1]

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 import anyio
 
+from actors import play
 from actors.play import Player
 from protocols.messages import Lease
 from protocols.records import EpisodeTree, Task
 from tests.actors.trees import small_tree
+from tests.counting import lines_run
 
 
 def lease_of(name: str, episodes: int, *, min_version: int = 0, expires_s: float = 60.0) -> Lease:
@@ -180,3 +182,39 @@ async def test_draining_finishes_what_is_live_and_begins_nothing() -> None:
             await anyio.wait_all_tasks_blocked()
             theatre.gates["a/0"].set()
         assert theatre.begun == ["a/0"] and len(shelf.trees) == 1 and player.wanted == 0
+
+
+async def work_of(leases: int) -> int:
+    """Lines run to begin the last of that many leases, finish it, and hear from the hub."""
+    theatre, shelf = Theatre(), Shelf()
+    async with playing(theatre, shelf, concurrency=leases) as player:
+        for number in range(leases - 1):
+            player.take(lease_of(f"lease {number}", 1))
+        for _ in range(2):
+            await anyio.wait_all_tasks_blocked()
+        with lines_run(play) as lines:
+            player.take(lease_of("last", 1))
+            await anyio.wait_all_tasks_blocked()
+            theatre.gates["last/0"].set()
+            await anyio.wait_all_tasks_blocked()
+            player.renew()
+            assert player.wanted == 1 and player.live == leases - 1
+    return lines[0]
+
+
+async def test_an_episode_among_hundreds_costs_no_more_than_one_among_ten() -> None:
+    assert await work_of(400) == await work_of(10)
+
+
+async def test_waiting_leases_are_not_gone_through_for_every_episode_that_begins() -> None:
+    theatre, shelf = Theatre(), Shelf()
+    player = Player(theatre.play, version=lambda: 0, store=shelf, concurrency=1_000)
+    for number in range(200):
+        player.take(lease_of(f"lease {number}", 2))
+    with lines_run(play) as lines, anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(player.run)
+            await anyio.wait_all_tasks_blocked()
+            assert player.live == len(theatre.begun) == 400 and player.queued == 0
+            tasks.cancel_scope.cancel()
+    assert lines[0] < 400 * 60

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import JsonValue
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from actors.conversation import Conversation, PrefixBroken
@@ -211,3 +214,56 @@ def test_a_long_conversation_keeps_every_token() -> None:
     for start in range(0, 3000, 100):
         conversation.append("prompt", np.arange(start, start + 100, dtype=np.int32))
     assert conversation.tokens.tolist() == list(range(3000))
+
+
+class CountingRenderer(Renderer):
+    """Counts the characters it tokenises."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.characters = 0
+        super().__init__(tokenizer)
+
+    def _encode_afresh(self, text: str) -> tuple[int, ...]:
+        self.characters += len(text)
+        return super()._encode_afresh(text)
+
+
+def test_every_character_is_tokenised_once_and_a_roles_opening_not_at_all() -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    renderer = CountingRenderer(tokenizer)
+    opening = renderer.opening("Be brief. " * 1_000, ())
+    answer = sampled(tokenizer, "I look.<|im_end|>")
+    renderer.follow(answer, [Message("user", "")])  # learns what the template writes around a message
+    renderer.characters = 0
+    first = renderer.first(opening, "who?")
+    assert len(first) > 5_000 and renderer.characters == len("user\nwho?<|im_end|>\n<|im_start|>assistant\n")
+    for turn in range(5):
+        before, result = renderer.characters, f"{turn} " * 2_000
+        renderer.follow(answer, [Message("user", result)])
+        assert renderer.characters - before < len(result) + 80
+
+
+@pytest.mark.parametrize("content", ["who?", " who?", "\n\nwho?", "th\n", "<|im_start|>system\n"])
+@pytest.mark.parametrize("template", [CHATML, QWEN, STRICT], ids=["chatml", "qwen", "strict"])
+def test_a_prompt_behind_a_known_opening_is_the_one_tokenised_as_a_whole(template: str, content: str) -> None:
+    tokenizer = byte_tokenizer(template)
+    renderer = Renderer(tokenizer)
+    opening = renderer.opening("Be brief.\n", [])
+    whole = renderer.decode(renderer.first(opening, content))
+    assert len(opening.tokens) and renderer.first(opening, content).tolist() == ids(tokenizer, whole)
+
+
+def test_a_tokenizer_that_looks_across_control_tokens_gets_the_whole_prompt() -> None:
+    """Metaspace marks the first word of a text only: a text cut in two would have two first words."""
+    marks = [AddedToken(mark, special=True) for mark in ("<|im_start|>", "<|im_end|>")]
+    letters = {letter: number for number, letter in enumerate("▁abcdefghijklmnopqrstuvwxyz.\n?x0é")}
+    backend = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.add_special_tokens(marks)
+    build: Callable[..., PreTrainedTokenizerFast] = PreTrainedTokenizerFast
+    tokenizer = build(tokenizer_object=backend, chat_template=CHATML, eos_token="<|im_end|>")
+    renderer = Renderer(tokenizer)
+    opening = renderer.opening("brief", ())
+    prompt = chat(("system", "brief"), ("user", "who"))
+    whole = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    assert not len(opening.tokens) and renderer.first(opening, "who").tolist() == ids(tokenizer, str(whole))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Mapping
 
 import anyio
@@ -142,3 +144,26 @@ async def test_a_worker_without_a_report_says_so_to_its_planner() -> None:
     scene = Scene(on_stage, task(), "train", group_id="g")
     await planner_worker(scene)
     assert scene.runs[0].final == "Ann" and scene.runs[1].status == "turn_limit"
+
+
+async def test_what_an_episode_held_is_free_when_it_ends_without_the_help_of_the_garbage_collector() -> None:
+    """Thousands of episodes at once would otherwise wait in memory for the next full, slow collection."""
+
+    async def script(prompt: str, sampling: Sampling) -> Say | str:
+        message = last_message(prompt)
+        if "Plan." in prompt:
+            return "Done." if "Report" in message else call("worker", subtask="one") + call("worker", subtask="two")
+        return "Found." if "found" in message else call("search", query="x")
+
+    on_stage, _ = stage(settings(ROLES), script, tools=tools())
+    gc.collect()
+    gc.disable()
+    try:
+        scene = Scene(on_stage, task(), "train", group_id="g")
+        await planner_worker(scene)
+        assert [run.status for run in scene.runs] == ["done"] * 3
+        planner = weakref.ref(scene.runs[0].talk)
+        del scene
+        assert planner() is None
+    finally:
+        gc.enable()
