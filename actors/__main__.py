@@ -19,6 +19,7 @@ from actors.engines.opening import open_engine
 from actors.episode import play_episode
 from actors.failure import user_error
 from actors.greet import greet
+from actors.limits import allow_open_files
 from actors.outbox import Outbox
 from actors.play import Player
 from actors.scene import Stage
@@ -160,6 +161,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Place, Path | None]:
 def run() -> int:
     """Parse, play, and turn what a user can fix into one line."""
     place, log_file = parse()
+    allow_open_files(place.config.actor.concurrency)
     configure_logs(log_file, component=place.actor_id)
     try:
         anyio.run(run_actor, place, backend_options={"use_uvloop": True})

@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import Literal
 
 import anyio
+import numpy as np
 
 from actors.scene import Run, Scene, Stage
 from actors.workflows.planner_worker import planner_worker
@@ -36,7 +37,7 @@ async def play_episode(
     with closing(Scene(stage, task, purpose, group_id=group_id)) as scene, anyio.move_on_after(settings.timeout_s):
         await WORKFLOWS[settings.workflow](scene)
     trajectories = tuple(run.talk.trajectory(parent=run.parent, status=run.status) for run in scene.runs)
-    used = sorted({version for trajectory in trajectories for version in set(trajectory.versions.tolist())})
+    used = sorted({version for trajectory in trajectories for version in np.unique(trajectory.versions).tolist()})
     play = Play(task, tuple(_performance(run, index, scene.spans) for index, run in enumerate(scene.runs)))
     return EpisodeTree(
         tree_id=uuid.uuid4().hex,

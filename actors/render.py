@@ -93,7 +93,7 @@ class Renderer:
         control = sorted(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
         self._control = re.compile("|".join(map(re.escape, control))) if control else None
         self._follow: dict[tuple[Speaker, ...], Frame] = {}
-        self._encode: Callable[[str], tuple[int, ...]] = lru_cache(maxsize=8_192)(self._encode_afresh)
+        self._encode: Callable[[str], Tokens] = lru_cache(maxsize=8_192)(self._encode_afresh)
         self.has_tool_role = self._renders([Message("user", "Q"), Message("assistant", "A"), Message("tool", "T")])
         self._has_system = self._renders([Message("system", "S"), Message("user", "Q")])
         self._has_runs = self._renders([Message("user", "Q"), Message("assistant", "A"), *[Message("user", "T")] * 2])
@@ -133,7 +133,7 @@ class Renderer:
     def first(self, opening: Opening, content: str) -> Tokens:
         """Tokens of the first prompt with `content` as the user's message."""
         text, _ = opening.frame.fill([self._tame(content)])
-        return np.concatenate([opening.tokens, _array(self._encoded(text))])
+        return np.concatenate([opening.tokens, self._encoded(text)])
 
     def follow(self, sampled: Tokens, messages: Sequence[Message]) -> list[Tokens]:
         """What `messages` add after an assistant turn that sampled `sampled`: one token array per message.
@@ -148,13 +148,13 @@ class Renderer:
         text, starts = frame.fill([self._tame(message.content) for message in messages])
         if starts:
             encoding = self._backend.encode(text, add_special_tokens=False)
-            ids, firsts = tuple(encoding.ids), [start for start, _ in encoding.offsets]
+            ids, firsts = _array(encoding.ids), [start for start, _ in encoding.offsets]
             cuts = [bisect_right(firsts, start - 1) for start in starts]
         else:
             ids, cuts = self._encoded(text), []
         already = self._overlap(sampled, ids)
         edges = [already, *(max(already, cut) for cut in cuts), len(ids)]
-        return [_array(ids[a:b]) for a, b in pairwise(edges)]
+        return [ids[a:b] for a, b in pairwise(edges)]
 
     def text(self, sampled: Tokens) -> str:
         """The message in sampled tokens, without the end of its turn."""
@@ -168,22 +168,25 @@ class Renderer:
         """All tokens as text, control tokens included; for people to read."""
         return self._backend.decode(tokens.tolist(), skip_special_tokens=False)
 
-    def _encode_afresh(self, text: str) -> tuple[int, ...]:
+    def _encode_afresh(self, text: str) -> Tokens:
         # The batch form can leave out offsets, a third of the work.
-        return tuple(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        tokens = _array(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        tokens.setflags(write=False)  # it may be kept and shared
+        return tokens
 
     def _opening(self, frame: Frame) -> Opening:
         """Cut after the last control token before the user's message, unless the tokenizer looks across it."""
         head, *texts = frame.texts
         marks = [] if self._control is None else list(self._control.finditer(head))
         cut = marks[-1].end() if marks else 0
-        known, rest = self._encode_afresh(head[:cut]), replace(frame, texts=(head[cut:], *texts))
+        opening = Opening(self._encode_afresh(head[:cut]), replace(frame, texts=(head[cut:], *texts)))
         for probe in _PROBES:
-            if (*known, *self._encode_afresh(rest.fill([probe])[0])) != self._encode_afresh(frame.fill([probe])[0]):
+            whole = self._encode_afresh(frame.fill([probe])[0])
+            if not np.array_equal(self.first(opening, probe), whole):
                 return Opening(_array(()), frame)
-        return Opening(_array(known), rest)
+        return opening
 
-    def _encoded(self, text: str) -> tuple[int, ...]:
+    def _encoded(self, text: str) -> Tokens:
         return self._encode(text) if len(text) <= _CACHED_CHARACTERS else self._encode_afresh(text)
 
     def _tame(self, content: str) -> str:
@@ -192,10 +195,10 @@ class Renderer:
             return content
         return self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", content)
 
-    def _overlap(self, sampled: Tokens, following: Sequence[int]) -> int:
+    def _overlap(self, sampled: Tokens, following: Tokens) -> int:
         """How many tokens of the turn's closing text the policy sampled itself."""
         for count in range(min(len(self._closing), len(sampled), len(following)), 0, -1):
-            if sampled[-count:].tolist() == list(following[:count]):
+            if sampled[-count:].tolist() == following[:count].tolist():
                 return count
         return 0
 

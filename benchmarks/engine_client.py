@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from actors.engines.sglang.answers import parse_answer
 from actors.engines.sglang.client import Request, SglangClient
 from actors.engines.sglang.engine import SglangEngine
 from actors.engines.sglang.progress import Progress, Reply
+from actors.limits import allow_open_files
 from matpo.config import Sampling
 from matpo.config import SglangEngine as Settings
 from protocols.records import Tokens
@@ -272,20 +272,13 @@ async def measure(*, rounds: int, calls: int) -> dict[str, float]:
     return {name: round(min(values), 1) for name, values in found.items()}
 
 
-def allow_connections(wanted: int) -> None:
-    """Every request in flight is an open file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
-
-
 def main() -> int:
     """Measure, print the table, print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round; under a minute")
     parser.add_argument("--serve", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    allow_connections(LARGE + 1_000)
+    allow_open_files(LARGE)
     if options.serve is not None:
         anyio.run(serve, options.serve, backend_options={"use_uvloop": True})
         return 0

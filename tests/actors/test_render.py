@@ -223,7 +223,7 @@ class CountingRenderer(Renderer):
         self.characters = 0
         super().__init__(tokenizer)
 
-    def _encode_afresh(self, text: str) -> tuple[int, ...]:
+    def _encode_afresh(self, text: str) -> Tokens:
         self.characters += len(text)
         return super()._encode_afresh(text)
 
