@@ -4,8 +4,8 @@ applied per CPU second beside XOR + zstd-1 on the same weights in the same run, 
 
 SmolLM2-135M after real AdamW steps (float32 master weights; a policy gradient on text): one step at 1e-6, one at 1e-5.
 Its weights are those of `make smollm2` where .cache/smollm2 exists, otherwise seeded ones of the same shapes.
-`python -m benchmarks.weights [--quick]` (quick: without the broadcast, which has a quick form of its own); the last line
-is one JSON object.
+`python -m benchmarks.weights [--quick]`; quick leaves out the broadcast, which has a quick form of its own. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
