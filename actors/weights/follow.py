@@ -112,7 +112,6 @@ class Follower:
         except TurnLost as error:
             self.failures["turn_lost"] += 1
             log.info("another actor brings the weights", reason=str(error))
-            self._fresh.set()
         except EngineFailure as error:
             self.failures["engine"] += 1
             log.warning("engine took no weights", version=ready.version, reason=str(error))
@@ -130,13 +129,17 @@ class Follower:
             f"another actor of this machine that brings weights {ready.version}",
             f"it is taken over when it stalls; see {self._shadow.folder}",
         )
+        self._shadow.require()
         async with self._shadow.turn() as turn:
             ready = self._newest or ready
             self.waiting_for = f"the bytes of weights {ready.version}", "see the hub's log and the network"
             if turn.is_behind(ready.version) and self._postponed != ready.version:
                 self._postponed = ready.version
                 return None
-            copy = turn.find(ready.version, ready.digest) or await self._bring(turn, ready)
+            try:
+                copy = turn.find(ready.version, ready.digest) or await self._bring(turn, ready)
+            except FileNotFoundError as error:  # who takes over removes what this one was working on
+                raise TurnLost(f"{error.filename} was removed") from error
             self._shadow.use(copy)
         return copy
 

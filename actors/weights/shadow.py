@@ -85,7 +85,11 @@ class Shadow:
                 turn = Turn(self, descriptor, path)
                 if await self._wait_for(descriptor, path) and turn.is_ours():
                     turn.remove_drafts()
-                    yield turn
+                    try:
+                        yield turn
+                    finally:
+                        if turn.is_ours():
+                            turn.remove_drafts()
                     return
             finally:
                 os.close(descriptor)
@@ -99,6 +103,11 @@ class Shadow:
             await anyio.sleep(POLL_S)
         os.utime(descriptor)
         return True
+
+    def require(self) -> None:
+        """Raise `UserError` if somebody removed the folder."""
+        if not self.folder.is_dir():
+            raise UserError(f"folder {str(self.folder)!r} was removed under its actors; start this one again")
 
     def copies(self) -> list[Copy]:
         """All finished copies, oldest version first."""
@@ -195,7 +204,7 @@ class Turn:
         draft.unlink(missing_ok=True)
 
     def remove_drafts(self) -> None:
-        """What whoever had the turn before did not finish."""
+        """What was not finished, now or by whoever had the turn before."""
         for path in self._shadow.folder.glob("draft-*"):
             path.unlink(missing_ok=True)
 

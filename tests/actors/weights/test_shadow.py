@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -61,14 +62,14 @@ def holder(memory: Path) -> Iterator[subprocess.Popen[str]]:
 class Actors:
     """Several actors of one run on one machine, each with an engine of its own, and one hub that counts."""
 
-    def __init__(self, folder: Path, count: int, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, count: int, stack: ExitStack, *, stall_s: float = 60.0) -> None:
         self.shelf = Shelf(folder)
         self.engines = [HoldingEngine() for _ in range(count)]
         self.hubs = [Hub(self.shelf) for _ in range(count)]
-        self.shadows = [stack.enter_context(Shadow.open("test", memory=folder)) for _ in range(count)]
+        self.shadows = [stack.enter_context(Shadow.open("test", memory=folder, stall_s=stall_s)) for _ in range(count)]
         self.followers = []
         for shadow, engine, hub in zip(self.shadows, self.engines, self.hubs, strict=True):
-            source = HubSource(hub, chunk_bytes=1024)
+            source = HubSource(hub, patience_s=0.3, chunk_bytes=1024)
             hub.follower = Follower(shadow, engine=engine, sources=Sources(source), reports=hub)
             self.followers.append(hub.follower)
 
@@ -167,6 +168,39 @@ async def test_every_actor_checks_the_copy_and_a_damaged_one_is_made_anew(tmp_pa
             tasks.cancel_scope.cancel()
         assert second.failures == {"broken": 1}
         assert weights_digest(read_keyframe(path)) == ready.digest == actors.engines[1].digests[0]
+
+
+async def test_an_actor_whose_line_is_cut_is_overtaken_and_takes_what_the_other_brought(tmp_path: Path) -> None:
+    with ExitStack() as stack, anyio.fail_after(20):
+        actors = Actors(tmp_path, 2, stack, stall_s=0.1)
+        cut, other = actors.followers
+        cut_hub, other_hub = actors.hubs
+        cut_hub.silent_about = set(range(1000))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(cut.run)
+            ready = actors.shelf.publish(0, delta=False)
+            cut.announce(ready)
+            await anyio.wait_all_tasks_blocked()
+            tasks.start_soon(other.run)
+            other.announce(ready)
+            await other_hub.wait_reports(1)
+            cut_hub.silent_about = set()
+            await cut_hub.wait_failure("turn_lost")
+            cut.announce(ready)
+            await cut_hub.wait_reports(1)
+            tasks.cancel_scope.cancel()
+        assert cut.failures == {"turn_lost": 1} and not other.failures
+        assert len({engine.file for engine in actors.engines}) == 1
+
+
+async def test_a_folder_removed_by_hand_ends_the_actor_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ExceptionGroup) as caught, ExitStack() as stack, anyio.fail_after(20):
+        actors = Actors(tmp_path, 1, stack)
+        shutil.rmtree(actors.shadows[0].folder)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(actors.followers[0].run)
+            actors.followers[0].announce(actors.shelf.publish(0, delta=False))
+    assert caught.group_contains(UserError, match="start this one again")
 
 
 async def test_a_killed_actor_lets_go_of_its_turn_and_the_next_removes_what_it_left(tmp_path: Path) -> None:
