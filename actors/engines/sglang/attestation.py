@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 import numpy as np
 
-from actors.engines.sglang.model import EMBEDDING, HEAD, ModelFacts
+from actors.engines.sglang.model import EMBEDDING, HEAD
 from protocols.weights import Tensor, WeightDtype, Weights, raw_bytes
 
 VOCABULARY_MULTIPLE: Final = 64
@@ -18,8 +18,8 @@ VOCABULARY_MULTIPLE: Final = 64
 PROJECTION: Final = re.compile(
     r"(?P<layer>.*?\.)(?:experts\.(?P<expert>\d+)\.)?(?P<name>q|k|v|o|gate|up|down)_proj\.(?P<kind>weight|bias)"
 )
-Cut = Literal["rows", "heads", "columns", "vocabulary", "whole"]
-"""How ranks share a tensor: by rows, by rows of whole key/value heads, by columns, by padded rows, or each has it."""
+Cut = Literal["rows", "columns", "vocabulary", "whole"]
+"""How ranks share a tensor: by rows, by columns, by rows with padding, or each has it whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +46,21 @@ def _piece(name: str) -> _Piece:
             return _Piece(f"{layer}experts.w2_weight", (expert, 0), "columns")
         return _Piece(f"{layer}experts.w13_weight", (expert, int(projection == "up")), "rows")
     if projection in "qkv":
-        return _Piece(f"{layer}qkv_proj.{kind}", (0, "qkv".index(projection)), "rows" if projection == "q" else "heads")
+        return _Piece(f"{layer}qkv_proj.{kind}", (0, "qkv".index(projection)), "rows")
     if projection in ("gate", "up"):
         return _Piece(f"{layer}gate_up_proj.{kind}", (0, int(projection == "up")), "rows")
     return _Piece(name, (0, 0), "columns" if kind == "weight" else "whole")
 
 
 def expected_checksums(
-    weights: Weights, facts: ModelFacts, *, dtype: WeightDtype, ranks: int = 1
+    weights: Weights, *, dtype: WeightDtype, tied: bool, ranks: int = 1
 ) -> tuple[Mapping[str, str], ...]:
     """Per rank: server's tensor name → first 8 bytes of SHA-256 in hex, as a server on the CPU computes them.
 
     The server holds query, key and value projections as one tensor, gate and up projections as another, those of all
     experts as one, everything in its own number format and shared out over its ranks. Fits decoders that do just
-    that: Llama, Qwen2, Qwen3, Qwen3-MoE and their relatives.
+    that (Llama, Qwen2, Qwen3, Qwen3-MoE and their relatives) where nothing is padded but the vocabulary: heads that
+    `ranks` divides, intermediate sizes that are multiples of 32 · `ranks`.
     """
     parts: dict[str, list[tuple[_Piece, Tensor]]] = {}
     for name, tensor in weights.items():
@@ -71,31 +72,25 @@ def expected_checksums(
         for piece, tensor in sorted(members, key=lambda member: member[0].order):
             own = converted(tensor, dtype)
             for rank, digest in enumerate(digests):
-                digest.update(raw_bytes(_share(own, piece.cut, rank=rank, ranks=ranks, facts=facts)))
+                digest.update(raw_bytes(_share(own, piece.cut, rank=rank, ranks=ranks)))
         for mapping, digest in zip(sums, digests, strict=True):
             mapping[target] = digest.hexdigest()[:16]
-    if facts.tied:
+    if tied:
         for mapping in sums:
             mapping[HEAD] = mapping[EMBEDDING]
     return sums
 
 
-def _share(tensor: Tensor, cut: Cut, *, rank: int, ranks: int, facts: ModelFacts) -> Tensor:
+def _share(tensor: Tensor, cut: Cut, *, rank: int, ranks: int) -> Tensor:
     """What one rank holds of a tensor."""
     data = tensor.data
-    match cut:
-        case "vocabulary":
-            padding = np.zeros((_padding_rows(len(data), ranks), *data.shape[1:]), data.dtype)
-            data = np.concatenate([data, padding])
-        case "heads" if facts.key_value_heads < ranks:
-            # Several ranks hold the same head.
-            rank, ranks = rank * facts.key_value_heads // ranks, facts.key_value_heads
-        case "whole":
-            ranks, rank = 1, 0
-    axis = 1 if cut == "columns" else 0
-    size = data.shape[axis] // ranks if data.ndim else 1
-    own = data if ranks == 1 else np.take(data, range(rank * size, (rank + 1) * size), axis=axis)
-    return Tensor(tensor.dtype, np.ascontiguousarray(own))
+    if cut == "vocabulary":
+        data = np.pad(data, ((0, _padding_rows(len(data), ranks)), (0, 0)))
+    if cut == "whole" or ranks == 1:
+        return Tensor(tensor.dtype, data)
+    size = data.shape[cut == "columns"] // ranks
+    own = slice(rank * size, (rank + 1) * size)
+    return Tensor(tensor.dtype, np.ascontiguousarray(data[:, own] if cut == "columns" else data[own]))
 
 
 def _padding_rows(rows: int, ranks: int) -> int:

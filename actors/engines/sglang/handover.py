@@ -136,7 +136,8 @@ class DiskHandover:
         sums = None
         if self._settings.attested:
             settings = self._settings
-            sums = expected_checksums(weights, self._facts, dtype=settings.dtype, ranks=settings.tensor_parallel)
+            ranks, tied = settings.tensor_parallel, self._facts.tied
+            sums = expected_checksums(weights, dtype=settings.dtype, tied=tied, ranks=ranks)
         return Parcel(version, weights_digest(weights), sums, target)
 
 

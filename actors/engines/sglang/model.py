@@ -22,8 +22,6 @@ class _Text(BaseModel):
     vocab_size: int | None = None
     tie_word_embeddings: bool = False
     eos_token_id: int | list[int] | None = None
-    num_attention_heads: int = 1
-    num_key_value_heads: int | None = None
 
 
 class _Config(_Text):
@@ -39,7 +37,6 @@ class ModelFacts:
     """Rows of the embedding: a token id at or beyond it kills the server."""
     ends: tuple[int, ...]
     tied: bool
-    key_value_heads: int
     shapes: dict[str, Shape]
     """Tensor name → shape, of every tensor a set of weights must hold."""
 
@@ -73,7 +70,6 @@ def read_facts(folder: Path) -> ModelFacts:
         vocabulary=text.vocab_size,
         ends=() if ends is None else (ends,) if isinstance(ends, int) else tuple(ends),
         tied=tied,
-        key_value_heads=text.num_key_value_heads or text.num_attention_heads,
         shapes=shapes,
     )
 

@@ -29,7 +29,7 @@ def mixture(folder: Path, *, seed: int) -> PreTrainedModel:
         vocab_size=64,
         hidden_size=32,
         intermediate_size=64,
-        moe_intermediate_size=32,
+        moe_intermediate_size=64,
         num_hidden_layers=2,
         mlp_only_layers=[0],
         num_experts=4,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -19,7 +18,7 @@ from actors.engines.sglang.attestation import converted, expected_checksums, fir
 from actors.engines.sglang.client import Request
 from actors.engines.sglang.engine import SglangEngine
 from actors.engines.sglang.launch import command, environment, gpu_groups
-from actors.engines.sglang.model import ModelFacts, read_facts
+from actors.engines.sglang.model import read_facts
 from matpo.config import Sampling
 from matpo.config import SglangEngine as Settings
 from matpo.errors import UserError
@@ -35,16 +34,13 @@ def settings_for(stub: Stub, **options: object) -> Settings:
     return basis.model_copy(update=options)
 
 
-FACTS = ModelFacts(folder=Path(), vocabulary=64, ends=(), tied=True, key_value_heads=2, shapes={})
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> PreTrainedModel:
     return make_model("qwen3", tmp_path)
 
 
 def sums_of(model: PreTrainedModel) -> dict[str, str]:
-    return dict(expected_checksums(weights_of(model), FACTS, dtype="float32")[0])
+    return dict(expected_checksums(weights_of(model), dtype="float32", tied=True)[0])
 
 
 async def generate(
@@ -210,7 +206,7 @@ def test_checksums_are_those_of_the_fused_and_padded_tensors() -> None:
     }
     embedding = np.ones((3, 2), dtype=np.float32)
     weights = {**tensors, "model.embed_tokens.weight": Tensor("float32", embedding)}
-    (sums,) = expected_checksums(weights, FACTS, dtype="float32")
+    (sums,) = expected_checksums(weights, dtype="float32", tied=True)
     qkv = np.repeat(np.arange(3, dtype=np.float32), 4).tobytes()
     gate_up = np.repeat(np.array([4, 3], dtype=np.float32), 4).tobytes()
     assert sums["l.qkv_proj.weight"] == hashlib.sha256(qkv).hexdigest()[:16]
@@ -221,7 +217,7 @@ def test_checksums_are_those_of_the_fused_and_padded_tensors() -> None:
     assert first_difference(sums, {**sums, "new": "0"}, tied=True) == "new"
 
 
-def test_ranks_share_projections_by_heads_rows_and_columns_and_the_vocabulary_by_padded_rows() -> None:
+def test_ranks_share_projections_by_rows_and_columns_and_the_vocabulary_by_padded_rows() -> None:
     rows = np.arange(4, dtype=np.float32)[:, None] * np.ones((1, 4), dtype=np.float32)
     weights = {
         f"l.{name}_proj.weight": Tensor("float32", rows + 10 * number)
@@ -230,8 +226,8 @@ def test_ranks_share_projections_by_heads_rows_and_columns_and_the_vocabulary_by
     weights["l.q_proj.bias"] = Tensor("float32", np.arange(4, dtype=np.float32))
     weights["l.o_proj.bias"] = weights["model.norm.weight"] = weights["l.q_proj.bias"]
     weights["model.embed_tokens.weight"] = Tensor("float32", np.ones((3, 1), dtype=np.float32))
-    _, _, _, last = expected_checksums(weights, FACTS, dtype="float32", ranks=4)
-    assert last["l.qkv_proj.weight"] == of([3] * 4, [12] * 4, [13] * 4, [22] * 4, [23] * 4)  # 2 heads of 2 rows each
+    _, _, _, last = expected_checksums(weights, dtype="float32", tied=True, ranks=4)
+    assert last["l.qkv_proj.weight"] == of([3] * 4, [13] * 4, [23] * 4)
     assert last["l.o_proj.weight"] == of([30, 31, 32, 33])
     assert last["l.gate_up_proj.weight"] == of([43] * 4, [53] * 4)
     assert last["l.qkv_proj.bias"] == of([3])
@@ -246,7 +242,7 @@ def test_experts_are_held_as_one_tensor_in_order() -> None:
         for expert in (1, 0)
         for name in ("gate", "up", "down")
     }
-    second = expected_checksums(weights, replace(FACTS, tied=False), dtype="float32", ranks=2)[1]
+    second = expected_checksums(weights, dtype="float32", tied=False, ranks=2)[1]
     assert second["l.experts.w13_weight"] == of([3, 3], [4, 4], [0, 0], [1, 1])
     assert second["l.experts.w2_weight"] == of([5, 5], [2, 2])
 
