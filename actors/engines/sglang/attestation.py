@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from actors.engines.sglang.model import EMBEDDING, HEAD
-from protocols.weights import Tensor, WeightDtype, Weights, raw_bytes
+from protocols.weights import Tensor, WeightDtype, Weights
 
 VOCABULARY_MULTIPLE: Final = 64
 """The server pads the vocabulary of embedding and head with zeros to a multiple of this."""
@@ -72,7 +73,7 @@ def expected_checksums(
         for piece, tensor in sorted(members, key=lambda member: member[0].order):
             own = converted(tensor, dtype)
             for rank, digest in enumerate(digests):
-                digest.update(raw_bytes(_share(own, piece.cut, rank=rank, ranks=ranks)))
+                digest.update(_share(own, piece.cut, rank=rank, ranks=ranks))
         for mapping, digest in zip(sums, digests, strict=True):
             mapping[target] = digest.hexdigest()[:16]
     if tied:
@@ -81,16 +82,16 @@ def expected_checksums(
     return sums
 
 
-def _share(tensor: Tensor, cut: Cut, *, rank: int, ranks: int) -> Tensor:
-    """What one rank holds of a tensor."""
-    data = tensor.data
+def _share(tensor: Tensor, cut: Cut, *, rank: int, ranks: int) -> memoryview:
+    """The bytes of what one rank holds of a tensor."""
+    data: NDArray[np.generic] = tensor.data
     if cut == "vocabulary":
         data = np.pad(data, ((0, _padding_rows(len(data), ranks)), (0, 0)))
-    if cut == "whole" or ranks == 1:
-        return Tensor(tensor.dtype, data)
-    size = data.shape[cut == "columns"] // ranks
-    own = slice(rank * size, (rank + 1) * size)
-    return Tensor(tensor.dtype, np.ascontiguousarray(data[:, own] if cut == "columns" else data[own]))
+    if cut != "whole":
+        size = data.shape[cut == "columns"] // ranks
+        own = slice(rank * size, (rank + 1) * size)
+        data = data[:, own] if cut == "columns" else data[own]
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
 
 
 def _padding_rows(rows: int, ranks: int) -> int:
