@@ -46,7 +46,7 @@ warmstart: $(READY)  ## remake the quick start's model from scratch (a quarter o
 lock: $(READY)  ## write requirements.lock from what pyproject.toml resolves to today
 	@mkdir -p .cache
 	$(BIN)/python -m pip install --dry-run --ignore-installed --quiet --report .cache/resolved.json \
-	    'torch==2.13.0' -e '.[torch,sandbox,smollm2,dev]'
+	    'torch==2.13.0' -e '.[torch,sandbox,parquet,smollm2,dev]'
 	$(BIN)/python scripts/write_lock.py .cache/resolved.json requirements.lock
 
 clean:

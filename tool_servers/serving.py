@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 import mcp_types as types
@@ -24,6 +25,7 @@ from mcp.server.context import ServerRequestContext
 from mcp.server.stdio import stdio_server
 from pydantic import JsonValue
 
+from tool_servers.blocklist import Blocklist, read_blocklist
 from tool_servers.stdio import pipe_streams
 
 Arguments = Mapping[str, JsonValue]
@@ -78,6 +80,22 @@ def add_transport_options(parser: argparse.ArgumentParser) -> None:
     """The options every server shares."""
     parser.add_argument("--http", type=int, metavar="PORT", help="serve streamable HTTP on this port (0: any free one)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on with --http (default %(default)s)")
+
+
+def add_blocklist_option(parser: argparse.ArgumentParser) -> None:
+    """`--blocklist`, the same for the servers that reach the web."""
+    parser.add_argument("--blocklist", type=Path, metavar="FILE",
+                        help="sites and pages never shown or read, one a line (# starts a comment)")  # fmt: skip
+
+
+def blocklist_option(options: argparse.Namespace) -> Blocklist:
+    """What `--blocklist` names, read; ends the server when it cannot be."""
+    if options.blocklist is None:
+        return Blocklist()
+    try:
+        return read_blocklist(options.blocklist)
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--blocklist {str(options.blocklist)!r} cannot be read ({error})")
 
 
 def serve(service: Service, *, http: int | None, host: str) -> int:

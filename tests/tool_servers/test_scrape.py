@@ -19,7 +19,7 @@ from pydantic import JsonValue
 
 from tests.tool_servers.using import use
 from tool_servers.scrape.__main__ import scrape_tool
-from tool_servers.scrape.addresses import Refused, blocked_by, vet
+from tool_servers.scrape.addresses import Refused, vet
 from tool_servers.scrape.fetch import Fetcher, Policy
 from tool_servers.scrape.page import FetchFailed, NotThere, Page
 from tool_servers.scrape.reader import Extractor, Reader, load_corpus
@@ -88,13 +88,6 @@ def test_public_addresses_are_allowed_and_an_allowed_network_too() -> None:
         vet(address)
     vet("127.0.0.1", (LOOPBACK,))
     vet("::ffff:127.0.0.1", (LOOPBACK,))
-
-
-def test_a_blocked_domain_covers_its_subdomains_and_nothing_else() -> None:
-    blocklist = frozenset({"bad.example", "org"})
-    assert blocked_by("WWW.bad.example.", blocklist) == "bad.example"
-    assert blocked_by("a.b.org", blocklist) == "org"
-    assert blocked_by("notbad.example", blocklist) is None
 
 
 @dataclass

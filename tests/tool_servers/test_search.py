@@ -9,7 +9,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from arro3.core import Array, DataType, Table
+from arro3.io import write_parquet
 
+from tool_servers.blocklist import Blocklist
 from tool_servers.search.index import CorpusError, Index, open_index
 from tool_servers.search.tools import Presentation, SearchTools
 from tool_servers.serving import BadCall
@@ -72,6 +75,77 @@ def test_long_documents_are_cut_and_opened_a_part_at_a_time(tmp_path: Path) -> N
         tools.open("x", 5_000)
     with pytest.raises(BadCall, match="there is no document 'y'"):
         tools.open("y", 0)
+
+
+def test_a_long_document_shows_the_part_that_answers_the_query(tmp_path: Path) -> None:
+    rows = [{"id": "x", "title": "T", "text": "filler " * 500 + "Ada met Bo in Lund. " + "filler " * 500}]
+    tools = SearchTools(open_index(corpus(tmp_path, rows), None, "en_stem"), Presentation(snippet_characters=60))
+    shown = tools.search("who met Bo", 1, None)
+    assert "Ada met Bo in Lund." in shown
+    assert shown.startswith("[1] T: … ")
+    assert shown.endswith("… (open 'x' for more)")
+    assert len(shown) < 60 + 40
+    only_title = tools.search("T", 1, None)
+    assert only_title.startswith("[1] T: filler filler ")
+
+
+def test_documents_on_the_blocklist_are_neither_found_nor_opened(tmp_path: Path) -> None:
+    rows = [{"id": f"https://{site}.example/{n}", "text": f"word {n}"} for site in ("bad", "good") for n in range(20)]
+    index = open_index(corpus(tmp_path, rows), None, "default")
+    show = Presentation(snippet_characters=5, min_results=4, max_results=4, noise=0.5)
+    for shown in (Presentation(snippet_characters=5), show):
+        tools = SearchTools(index, shown, Blocklist(frozenset({"bad.example"})))
+        lines = tools.search("word", 4, None).splitlines()
+        assert len(lines) == 4
+        assert all("good.example" in line for line in lines)
+    assert tools.open("https://good.example/3", 0) == "word 3"
+    with pytest.raises(BadCall, match=r"'https://bad.example/3' is on the blocklist \(bad.example\)"):
+        tools.open("https://bad.example/3", 0)
+
+
+def test_ids_may_be_numbers_and_texts_be_called_contents(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"id": 7, "contents": "Ada"}\n')
+    assert SearchTools(open_index(path, None, "default"), Presentation()).open("7", 0) == "Ada"
+
+
+def parquet(folder: Path, columns: dict[str, Array]) -> Path:
+    path = folder / "corpus.parquet"
+    write_parquet(Table.from_arrays(list(columns.values()), names=list(columns)), path, compression="zstd(1)")
+    return path
+
+
+def test_a_parquet_corpus_is_read_like_jsonl(tmp_path: Path) -> None:
+    path = parquet(
+        tmp_path,
+        {
+            "id": Array([1, 2], DataType.int64()),
+            "text": Array(["Ada was born in Lund.", "Bo was born in Oslo."], DataType.utf8()),
+            "title": Array([None, "Bo"], DataType.utf8()),
+            "embedding": Array([0.5, 0.5], DataType.float64()),
+        },
+    )
+    index = open_index(path, tmp_path / "index", "en_stem")
+    tools = SearchTools(index, Presentation())
+    assert tools.search("Oslo", 5, None) == "[1] Bo: Bo was born in Oslo."
+    assert tools.search("Lund", 5, None) == "[1] Ada was born in Lund."
+    assert tools.open("1", 0) == "Ada was born in Lund."
+
+
+def test_a_parquet_file_that_is_none_or_lacks_a_column_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"corpus.parquet:1: text: Field required"):
+        open_index(parquet(tmp_path, {"id": Array(["1"], DataType.utf8())}), None, "default")
+    for content in (b"", b"PAR", b"id,text\n1,x\n", b"PAR1 cut short"):
+        (tmp_path / "bad.parquet").write_bytes(content)
+        with pytest.raises(CorpusError, match=r"bad.parquet' is not a whole parquet file"):
+            open_index(tmp_path / "bad.parquet", None, "default")
+
+
+def test_without_the_extra_parquet_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = parquet(tmp_path, {"id": Array(["1"], DataType.utf8())})
+    monkeypatch.setattr("tool_servers.search.parquet.READABLE", False)
+    with pytest.raises(CorpusError, match=r"with the extra `parquet` \(pip install 'matpo\[parquet\]'\)"):
+        open_index(path, None, "default")
 
 
 def disturbed(folder: Path, seed: int) -> SearchTools:

@@ -18,7 +18,9 @@ from tool_servers.serving import (
     Reply,
     ServedTool,
     Service,
+    add_blocklist_option,
     add_transport_options,
+    blocklist_option,
     fail,
     serve,
     text_argument,
@@ -34,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     serving = commands.add_parser("serve", help="serve the tool `scrape`")
     serving.add_argument("--corpus", type=Path, help='offline: JSONL rows {"url", "text" or "html", "title"?}')
-    serving.add_argument("--blocklist", type=Path, help="domains never fetched, one a line (# starts a comment)")
+    add_blocklist_option(serving)
     serving.add_argument("--max-mb", type=float, default=5.0, help="of a page, decompressed (default %(default)g)")
     serving.add_argument(
         "--timeout", type=float, default=20.0, metavar="S", help="to fetch a page (default %(default)g)"
@@ -88,13 +90,6 @@ def scrape_tool(reader: Reader) -> ServedTool:
 
 
 def _policy(options: argparse.Namespace) -> Policy:
-    domains: set[str] = set()
-    if options.blocklist is not None:
-        try:
-            lines = options.blocklist.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            fail(f"--blocklist {str(options.blocklist)!r} cannot be read ({error.strerror})")
-        domains = {line.partition("#")[0].strip().lower().strip(".") for line in lines} - {""}
     try:
         networks = tuple(ipaddress.ip_network(network) for network in options.allow_network)
     except ValueError as error:
@@ -103,7 +98,7 @@ def _policy(options: argparse.Namespace) -> Policy:
         max_bytes=int(options.max_mb * 2**20),
         total_s=options.timeout,
         ports=frozenset({80, 443, *options.allow_port}),
-        blocklist=frozenset(domains),
+        blocklist=blocklist_option(options),
         allowed_networks=networks,
         robots=options.robots,
     )

@@ -40,12 +40,3 @@ def _is_public(address: Address) -> bool:
     if isinstance(address, ipaddress.IPv6Address):
         return address in _GLOBAL_UNICAST_6 and address not in _SIX_TO_FOUR
     return True
-
-
-def blocked_by(host: str, blocklist: frozenset[str]) -> str | None:
-    """The blocklist entry that covers `host` (itself or a parent domain), if any."""
-    labels = host.lower().rstrip(".").split(".")
-    for start in range(len(labels)):
-        if (domain := ".".join(labels[start:])) in blocklist:
-            return domain
-    return None

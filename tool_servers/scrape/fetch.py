@@ -7,12 +7,13 @@ import socket
 import ssl
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 import httpcore2
 
-from tool_servers.scrape.addresses import Network, Refused, blocked_by, vet
+from tool_servers.blocklist import Blocklist
+from tool_servers.scrape.addresses import Network, Refused, vet
 from tool_servers.scrape.page import FetchFailed, NotThere, Page
 from tool_servers.scrape.robots import Robots
 
@@ -32,8 +33,7 @@ class Policy:
     total_s: float = 20.0
     """From the first lookup to the last byte, redirects included."""
     ports: frozenset[int] = frozenset({80, 443})
-    blocklist: frozenset[str] = frozenset()
-    """Domains, each with all its subdomains."""
+    blocklist: Blocklist = field(default_factory=Blocklist)
     allowed_networks: tuple[Network, ...] = ()
     """Networks that are not public and may be fetched nevertheless."""
     robots: bool = False
@@ -123,8 +123,8 @@ class Fetcher:
             raise Refused(f"{url!r} holds a user name; URLs with one are not fetched")
         if port not in self._policy.ports:
             raise Refused(f"{url!r} asks for port {port}; only {sorted(self._policy.ports)} are fetched")
-        if (domain := blocked_by(parts.hostname, self._policy.blocklist)) is not None:
-            raise Refused(f"{parts.hostname} is on the blocklist ({domain})")
+        if (entry := self._policy.blocklist.covers(url.strip())) is not None:
+            raise Refused(f"{parts.hostname} is on the blocklist ({entry})")
         return parts
 
     async def _get(self, url: str) -> Page | str:

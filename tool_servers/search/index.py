@@ -1,4 +1,4 @@
-"""A BM25 index of a JSONL corpus in tantivy, in memory or in a folder that is reused while the corpus is unchanged."""
+"""A BM25 index of a corpus file in tantivy, in memory or in a folder that is reused while the corpus is unchanged."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from typing import Literal
 
 import orjson
 import tantivy
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from tool_servers.search.parquet import NotParquet, parquet_rows
 
 Tokenizer = Literal["en_stem", "default"]
+COLUMNS = frozenset({"id", "text", "contents", "title", "collection"})
 DESCRIPTION_FILE = "matpo-search.json"
 _NOT_WORDS = re.compile(r"[^\w\s]+")
+
+
+Excerpts = Callable[[int, int], str]
+"""Segment and document → the part of its text to show; empty when no word of the query is in its text."""
 
 
 class CorpusError(Exception):
@@ -24,12 +31,12 @@ class CorpusError(Exception):
 
 
 class Row(BaseModel):
-    """One line of a corpus."""
+    """One document of a corpus file; numbers may serve as ids, and `contents` as `text`."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True)
 
     id: str
-    text: str
+    text: str = Field(validation_alias=AliasChoices("text", "contents"))
     title: str = ""
     collection: str = ""
     """Searches can be confined to one collection; a corpus without the field has a single one."""
@@ -76,14 +83,31 @@ class Index:
 
         Raises `KeyError` for a collection that does not exist.
         """
-        words = _NOT_WORDS.sub(" ", query).lower()
-        parsed, _ = self._index.parse_query_lenient(words, ["title", "text"])
+        parsed = self._parse(query)
         if collection is not None:
             parsed = tantivy.Query.boolean_query(
                 [(tantivy.Occur.Must, self._within[collection]), (tantivy.Occur.Must, parsed)]
             )
         hits = self._searcher.search(parsed, limit, count=False).hits
         return [(score, address.segment_ord, address.doc) for score, address in hits]
+
+    def excerpts(self, query: str, most_characters: int) -> Excerpts:
+        """Finds the part of a document that has most of the query's words."""
+        generator = tantivy.SnippetGenerator.create(self._searcher, self._parse(query), self._index.schema, "text")
+        generator.set_max_num_chars(most_characters)
+
+        def excerpt(segment: int, number: int) -> str:
+            fragment: str = generator.snippet_from_doc(
+                self._searcher.doc(tantivy.DocAddress(segment, number))
+            ).fragment()
+            return fragment
+
+        return excerpt
+
+    def _parse(self, query: str) -> tantivy.Query:
+        words = _NOT_WORDS.sub(" ", query).lower()
+        parsed, _ = self._index.parse_query_lenient(words, ["title", "text"])
+        return parsed
 
     def document(self, segment: int, number: int) -> Document:
         """The stored document at an address that `search` or `members` gave."""
@@ -114,7 +138,7 @@ def open_index(
     if corpus is None and folder is None:
         raise CorpusError("nothing to serve; give --corpus FILE.jsonl or --index DIR")
     if corpus is not None and not corpus.is_file():
-        raise CorpusError(f"corpus {str(corpus)!r} does not exist; give --corpus a JSONL file")
+        raise CorpusError(f"corpus {str(corpus)!r} does not exist; give --corpus a JSONL or parquet file")
     if folder is None:
         assert corpus is not None, "checked above"
         return _build(corpus, None, tokenizer, progress)
@@ -186,13 +210,25 @@ def _build(corpus: Path, folder: Path | None, tokenizer: Tokenizer, progress: Ca
 
 
 def _rows(corpus: Path) -> Iterator[Row]:
+    for number, raw in _numbered(corpus):
+        try:
+            yield Row.model_validate_json(raw) if isinstance(raw, bytes) else Row.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the line"
+            raise CorpusError(f"{corpus}:{number}: {where}: {first['msg']}; a row is {{id, text}}") from error
+
+
+def _numbered(corpus: Path) -> Iterator[tuple[int, bytes | dict[str, JsonValue]]]:
+    """Each row and its number: JSON as it is in the file, or the fields of a parquet row that are not null."""
+    if corpus.suffix == ".parquet":
+        try:
+            for number, row in enumerate(parquet_rows(corpus, COLUMNS), start=1):
+                yield number, {name: value for name, value in row.items() if value is not None}
+        except NotParquet as error:
+            raise CorpusError(str(error)) from error
+        return
     with corpus.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield Row.model_validate_json(line)
-            except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(str(part) for part in first["loc"]) or "the line"
-                raise CorpusError(f"{corpus}:{number}: {where}: {first['msg']}; a row is {{id, text}}") from error
+            if line.strip():
+                yield number, line

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
-from tool_servers.search.index import Document, Index
+from tool_servers.blocklist import Blocklist
+from tool_servers.search.index import Excerpts, Index
+from tool_servers.search.providers import Hit, Provider
 from tool_servers.serving import Arguments, BadCall, Reply, ServedTool, text_argument, whole_argument
 
 OPEN_CHARACTERS = 4_000
@@ -42,6 +44,8 @@ class SearchTools:
 
     index: Index
     show: Presentation
+    blocklist: Blocklist = field(default_factory=Blocklist)
+    """Documents whose id is an address on it are neither found nor opened."""
     _random: random.Random = field(init=False)
     _members: dict[str | None, list[tuple[int, int]]] = field(init=False, default_factory=dict)
 
@@ -54,7 +58,7 @@ class SearchTools:
         if show.min_results is not None and show.max_results is not None:
             k = self._random.randint(show.min_results, show.max_results)
         try:
-            slots = [(segment, doc) for _, segment, doc in self.index.search(query, k, collection)]
+            slots = self._found(query, k, collection)
         except KeyError:
             raise BadCall(f"there is no collection {collection!r}; {self._known_collections()}") from None
         if show.disturbed:
@@ -67,10 +71,13 @@ class SearchTools:
             self._random.shuffle(slots)
         if not slots:
             return "No results."
-        return "\n".join(f"[{n}] {self._line(self.index.document(*slot))}" for n, slot in enumerate(slots, start=1))
+        excerpt = self.index.excerpts(query, show.snippet_characters)
+        return "\n".join(f"[{n}] {self._line(slot, excerpt)}" for n, slot in enumerate(slots, start=1))
 
     def open(self, doc_id: str, offset: int) -> str:
         """Up to `OPEN_CHARACTERS` characters of a document from `offset`, and how to read on."""
+        if (entry := self.blocklist.covers(doc_id)) is not None:
+            raise BadCall(f"{doc_id!r} is on the blocklist ({entry})")
         document = self.index.find(doc_id)
         if document is None:
             raise BadCall(f"there is no document {doc_id!r}; search names the ids")
@@ -105,15 +112,33 @@ class SearchTools:
 
     def _of(self, collection: str | None) -> list[tuple[int, int]]:
         if collection not in self._members:
-            self._members[collection] = self.index.members(collection)
+            self._members[collection] = [slot for slot in self.index.members(collection) if not self._blocked(slot)]
         return self._members[collection]
 
-    def _line(self, document: Document) -> str:
+    def _line(self, slot: tuple[int, int], excerpt: Excerpts) -> str:
+        document = self.index.document(*slot)
         text = " ".join(document.text.split())
         titled = f"{document.title}: {text}" if document.title else text
         if len(titled) <= self.show.snippet_characters:
             return titled
-        return f"{titled[: self.show.snippet_characters]}… (open {document.id!r} for more)"
+        more = f"… (open {document.id!r} for more)"
+        if found := " ".join(excerpt(*slot).split()):
+            before = "" if text.startswith(found) else "… "
+            return f"{document.title}: {before}{found}{more}" if document.title else f"{before}{found}{more}"
+        return f"{titled[: self.show.snippet_characters]}{more}"
+
+    def _found(self, query: str, k: int, collection: str | None) -> list[tuple[int, int]]:
+        """The best hits that the blocklist lets through."""
+        asked = k
+        while True:
+            slots = [(segment, doc) for _, segment, doc in self.index.search(query, asked, collection)]
+            allowed = [slot for slot in slots if not self._blocked(slot)]
+            if len(allowed) >= k or len(slots) < asked:
+                return allowed[:k]
+            asked *= 2
+
+    def _blocked(self, slot: tuple[int, int]) -> bool:
+        return bool(self.blocklist) and self.blocklist.covers(self.index.document(*slot).id) is not None
 
     def _known_collections(self) -> str:
         names = sorted(self.index.description.collections)
@@ -163,3 +188,28 @@ def served_tools(tools: SearchTools) -> tuple[ServedTool, ...]:
             quick=True,
         ),
     )
+
+
+def provider_tool(provider: Provider, *, results: int, snippet_characters: int) -> ServedTool:
+    """The same `search` over the web; pages are read with a tool that fetches them."""
+
+    async def search(arguments: Arguments) -> Reply:
+        k = whole_argument(arguments, "k", default=results, low=1, high=50)
+        hits = await provider.search(text_argument(arguments, "query"), k)
+        lines = [f"[{n}] {_web_line(hit, snippet_characters)}" for n, hit in enumerate(hits, start=1)]
+        return Reply("\n".join(lines) or "No results.", meta={"provider": provider.name})
+
+    query: dict[str, JsonValue] = {"type": "string", "description": "What to look for, in plain words."}
+    k: dict[str, JsonValue] = {"type": "integer", "minimum": 1, "maximum": 50, "description": "How many hits."}
+    return ServedTool(
+        name="search",
+        description="Search the web. Returns one numbered line per hit, with its address.",
+        parameters={"type": "object", "properties": {"query": query, "k": k}, "required": ["query"]},
+        call=search,
+    )
+
+
+def _web_line(hit: Hit, most: int) -> str:
+    title, text = " ".join(hit.title.split()), " ".join(hit.text.split())
+    shown = f"{text[:most]}…" if len(text) > most else text
+    return " ".join(part for part in (f"{title}:" if title else "", shown, f"({hit.url})") if part)
