@@ -135,8 +135,8 @@ class SglangEngine(Section):
 
     @property
     def attested(self) -> bool:
-        """Whether checksums are compared: those of CUDA servers are of another make."""
-        return self.attest and self.device == "cpu"
+        """Whether checksums are compared: those of CUDA servers, and of parts of tensors, are of another make."""
+        return self.attest and self.device == "cpu" and self.tensor_parallel == 1
 
 
 Engine = Annotated[EmbeddedEngine | SglangEngine, Field(discriminator="kind")]

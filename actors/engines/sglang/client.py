@@ -42,21 +42,10 @@ class _Success(BaseModel):
     error_message: str = ""
 
 
-class _Placement(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-    tp_rank: int
-
-
 class _Rank(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     checksums: dict[str, str]
-    parallelism_info: list[_Placement] = []
-
-    @property
-    def number(self) -> int:
-        return self.parallelism_info[0].tp_rank if self.parallelism_info else 0
 
 
 class _Named(BaseModel):
@@ -243,12 +232,12 @@ class SglangClient:
             raise ServerRefused(reply.message or reply.error_message)
 
     async def checksums(self, *, deadline_s: float) -> list[dict[str, str]]:
-        """Tensor name → checksum, one mapping per rank, in their order."""
+        """Tensor name → checksum, one mapping per rank."""
         content = await self._post("/weights_checker", {"action": "checksum"}, deadline_s=deadline_s)
         reply = _parse(_Checksums, content)
         if not reply.success or not reply.ranks:
             raise ServerRefused(f"no checksums: {reply.message}")
-        return [rank.checksums for rank in sorted(reply.ranks, key=lambda rank: rank.number)]
+        return [rank.checksums for rank in reply.ranks]
 
     async def models(self, *, deadline_s: float) -> frozenset[str]:
         """Names of the model and of the adapters the server has."""

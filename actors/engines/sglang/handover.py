@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +31,8 @@ class Parcel:
 
     version: int
     digest: str
-    checksums: Sequence[Mapping[str, str]] | None
-    """What each rank of a server must report after loading; None: it is not asked."""
+    checksums: Mapping[str, str] | None
+    """What a server must report after loading; None: it is not asked."""
     folder: Path
     """Holds these weights: a Hugging Face model folder, or a PEFT folder."""
     cache_key: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -135,9 +135,7 @@ class DiskHandover:
             write_keyframe(target / WEIGHT_FILE, weights, version=version)
         sums = None
         if self._settings.attested:
-            settings = self._settings
-            ranks, tied = settings.tensor_parallel, self._facts.tied
-            sums = expected_checksums(weights, dtype=settings.dtype, tied=tied, ranks=ranks)
+            sums = expected_checksums(weights, dtype=self._settings.dtype, tied=self._facts.tied)
         return Parcel(version, weights_digest(weights), sums, target)
 
 
