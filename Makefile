@@ -35,9 +35,9 @@ sglang-cpu: .venv-sglang/.ready  ## install SGLang for the CPU, to test against 
 sglang-test: $(READY) .venv-sglang/.ready  ## what needs a real SGLang server (on the CPU): the contract, the swaps, a short run
 	$(BIN)/python -m pytest -m sglang --timeout=600 --durations=5
 
-third-party: .cache/conformance/.ready  ## other people's MCP software to test against, from package registries
+third-party: .cache/conformance/.ready .cache/third-party/.ready  ## other people's MCP software to test against, from package registries
 
-third-party-test: $(READY) third-party  ## the official MCP conformance suite
+third-party-test: $(READY) third-party  ## the official MCP conformance suite, and seven servers of other people
 	$(BIN)/python -m pytest -m thirdparty --durations=5
 
 warmstart: $(READY)  ## remake the quick start's model from scratch (a quarter of an hour on an idle core)
@@ -68,6 +68,20 @@ $(READY): requirements.lock pyproject.toml
 	cp tests/conformance/package.json tests/conformance/package-lock.json .cache/conformance/
 	cd .cache/conformance && PATH="$$PWD/node/bin:$$PATH" node node/lib/node_modules/npm/bin/npm-cli.js ci \
 	    --no-audit --no-fund --ignore-scripts
+	@touch $@
+
+# Servers on SDK 1.x and on 2.x cannot share an environment, so each has its own.
+.cache/third-party/.ready: .cache/conformance/.ready $(wildcard tests/third_party/*.txt) tests/third_party/package-lock.json
+	@echo "Installing MCP servers of other people, each in an environment of its own ..."
+	rm -rf .cache/third-party && mkdir -p .cache/third-party/npm
+	for server in fetch git sqlite time time_old; do \
+	    $(PYTHON) -m venv .cache/third-party/$$server && \
+	    .cache/third-party/$$server/bin/pip install --disable-pip-version-check --quiet --no-deps \
+	        -r tests/third_party/$$server.txt || exit 1; \
+	done
+	cp tests/third_party/package.json tests/third_party/package-lock.json .cache/third-party/npm/
+	cd .cache/third-party/npm && PATH="$(CURDIR)/.cache/conformance/node/bin:$$PATH" \
+	    node ../../conformance/node/lib/node_modules/npm/bin/npm-cli.js ci --no-audit --no-fund --ignore-scripts
 	@touch $@
 
 .venv-sglang/.ready: requirements-sglang-cpu.lock
