@@ -94,7 +94,6 @@ TRIES = {
 }
 REFUSED = {
     "git": Try("git_log", {"repo_path": "/nowhere"}, "nowhere"),
-    "sqlite": Try("read_query", {"query": "SELEKT"}, "SELECT"),
     "filesystem": Try("read_text_file", {"path": "/etc/passwd"}, "Access denied"),
     "time": Try("convert_time", {**NOON, "target_timezone": "Nowhere/At_All"}, "Nowhere/At_All"),
 }

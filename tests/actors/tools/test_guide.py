@@ -52,15 +52,16 @@ def test_the_json_entry_is_accepted() -> None:
     McpServer.model_validate(json.loads(block)["mcpServers"]["web"])
 
 
-def test_the_defaults_in_the_table_are_those_of_the_config() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \| (\d+) \|", GUIDE, re.MULTILINE))
-    defaults = ServerExtras()
-    assert {name: float(value) for name, value in rows.items()} == {
-        "timeout_s": defaults.timeout_s,
-        "start_timeout_s": defaults.start_timeout_s,
-        "max_inflight": defaults.max_inflight,
-        "max_result_bytes": defaults.max_result_bytes,
-    }
+def test_the_table_has_every_extra_and_its_default() -> None:
+    table = GUIDE.split("## Under `matpo`")[1].split("##")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", table, re.MULTILINE))
+    written = {(): ("none", "all"), None: ("none",), False: ("false",)}
+    for name, field in ServerExtras.model_fields.items():
+        value = () if field.default == {} else field.default
+        assert rows.pop(name).strip("`") in written.get(
+            value, (f"{value:g}" if isinstance(value, float) else str(value),)
+        )
+    assert rows == {}
 
 
 def test_the_options_of_the_shipped_servers_exist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,17 +83,21 @@ def logs() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("logs")
-def test_the_tools_commands_list_and_call_the_quick_starts_search(
+def test_the_tools_commands_do_with_the_quick_starts_search_what_they_say(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    listing, calling = (shlex.split(line)[2:] for line in blocks("bash")[0].splitlines())
+    listing, calling, checking, benching = (shlex.split(line)[2:] for line in blocks("bash")[0].splitlines())
     assert tools_main(listing) == 0
     assert "query: string" in capsys.readouterr().out
     assert tools_main(calling) == 0
     said = capsys.readouterr()
     assert said.out.startswith("[1] ")
     assert "search__search: ok" in said.err
+    assert tools_main(checking) == 0
+    assert "stdio" in capsys.readouterr().out
+    assert tools_main([*benching[:-1], "0.1"]) == 0
+    assert "calls/s" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("logs")
