@@ -171,6 +171,7 @@ def receive_plainly(path: Path, folder: Path) -> float:
             began = time.process_time()
             for _ in range(PULLS):
                 file.seek(0)
+                file.truncate()  # a new file every time, as a download is
                 left = size
                 while left:
                     count = connection.recv_into(part, min(left, len(part)))
