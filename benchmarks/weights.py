@@ -298,7 +298,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter steps, no broadcast; under 60 s")
     quick = parser.parse_args().quick
-    rounds, steps, rows, length = (3, 2, 1, 32) if quick else (15, 16, 4, 128)
+    rounds, steps, rows, length = (3, 3, 2, 32) if quick else (15, 16, 4, 128)
     found: dict[str, Figures] = {}
     with tempfile.TemporaryDirectory() as name:
         for label, update in zip(RATES, train(Path(name), steps=steps, rows=rows, length=length), strict=True):
