@@ -26,6 +26,7 @@ from mcp.server.stdio import stdio_server
 from pydantic import JsonValue
 
 from tool_servers.blocklist import Blocklist, read_blocklist
+from tool_servers.disconnect import CancelWhenClientLeaves
 from tool_servers.stdio import pipe_streams
 
 Arguments = Mapping[str, JsonValue]
@@ -234,5 +235,5 @@ async def _serve_http(service: Service, port: int, host: str) -> None:
         where = f"[{host}]" if ":" in host else host
         sys.stderr.write(f"{service.name}: serving http://{where}:{listener.getsockname()[1]}/mcp\n")
         sys.stderr.flush()
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
+        config = uvicorn.Config(CancelWhenClientLeaves(app), log_level="warning", access_log=False, lifespan="on")
         await uvicorn.Server(config).serve(sockets=[listener])

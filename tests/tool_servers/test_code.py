@@ -13,6 +13,7 @@ from mcp import Client, MCPError
 from pydantic import JsonValue
 
 from tests.tool_servers.sandboxes import HERE, SMALL, children, opened, spawn_server
+from tests.tool_servers.test_any_client import http_server
 from tests.tool_servers.using import use
 from tool_servers.code.__main__ import main, report, run_python_tool
 from tool_servers.code.pool import Busy, Pool
@@ -287,3 +288,16 @@ async def test_a_busy_server_fails_the_call_for_any_client_and_a_cancelled_call_
             processes = psutil.Process().children(recursive=True)
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert alive == []
+
+
+async def test_a_client_that_hangs_up_over_http_takes_its_program_with_it() -> None:
+    options = ("tool_servers.code", "serve", "--http", "0", "--at-once", "1", "--wait", "5", "--ahead", "0")
+    with http_server(*options) as (url, _), anyio.fail_after(60):
+        async with Client(url) as client:
+            await client.call_tool("run_python", {"code": "1"})
+            with anyio.move_on_after(1.0) as limit:
+                await client.call_tool("run_python", {"code": "while True: pass", "timeout_s": 50})
+            assert limit.cancelled_caught
+            done = await client.call_tool("run_python", {"code": "6 * 7"})
+            assert done.structured_content is not None
+            assert done.structured_content["value"] == "42"
