@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from mcp import Client, MCPError
 from pydantic import JsonValue
 
-from tests.tool_servers.sandboxes import HERE, SMALL, children, opened, spawn_server
+from tests.tool_servers.sandboxes import HERE, ROOT, SMALL, children, opened, spawn_server
 from tests.tool_servers.test_any_client import http_server
 from tests.tool_servers.using import use
 from tool_servers.code.__main__ import main, report, run_python_tool
@@ -261,6 +263,45 @@ def test_bad_options_are_one_line(options: list[str], words: str, capsys: pytest
     assert said.startswith("error: ")
     assert words in said
     assert said.count("\n") == 1
+
+
+WITHOUT_NAMESPACES = """
+import ctypes, os, struct, sys
+step = lambda *parts: struct.pack("=HBBI", *parts)
+load, equal, any_bit, end, allow, refuse = 0x20, 0x15, 0x45, 0x06, 0x7FFF0000, 0x00050001
+clone, clone3, unshare, mount = {"x86_64": (56, 435, 272, 165), "aarch64": (220, 435, 97, 40)}[os.uname().machine]
+program = step(load, 0, 0, 0)
+program += step(equal, 0, 1, unshare) + step(end, 0, 0, refuse) + step(equal, 0, 1, mount) + step(end, 0, 0, refuse)
+program += step(equal, 0, 1, clone3) + step(end, 0, 0, 0x00050026) + step(equal, 0, 3, clone) + step(load, 0, 0, 16)
+program += step(any_bit, 0, 1, 0x7E020000) + step(end, 0, 0, refuse) + step(end, 0, 0, allow)
+code = ctypes.create_string_buffer(program, len(program))
+libc = ctypes.CDLL(None)
+libc.prctl(38, 1, 0, 0, 0)
+descriptor = ctypes.create_string_buffer(struct.pack("@HxxxxxxP", len(program) // 8, ctypes.addressof(code)))
+assert libc.prctl(22, 2, descriptor, 0, 0) == 0
+os.execv(sys.executable, [sys.executable, "-m", "tool_servers.code", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.skipif("landlock" not in HERE, reason="the kernel has no Landlock")
+def test_where_namespaces_are_forbidden_the_weaker_tier_works_and_strict_refuses_it() -> None:
+    """Forbidden as container runtimes do it: with a filter on system calls."""
+
+    def code(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", WITHOUT_NAMESPACES, *options]
+        return subprocess.run(command, cwd=ROOT, input="", capture_output=True, text=True, timeout=60, check=False)
+
+    checked = code("check").stdout.splitlines()
+    assert "works" not in checked[0]
+    assert checked[1].startswith("landlock: works")
+    served = code("serve")
+    assert served.returncode == 0
+    assert served.stderr.startswith("code: sandbox tier landlock: ")
+    assert "(not stronger, for bubblewrap: " in served.stderr
+    strict = code("serve", "--require-strict")
+    assert strict.returncode == 2
+    assert strict.stderr.startswith("error: programs cannot be confined here: bubblewrap: ")
+    assert strict.stderr.endswith("; landlock: refused, it is not strict\n")
 
 
 def test_check_says_what_works_here(capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SandboxError as error:
         fail(str(error))
     strength = f"{sandbox.tier}: {STRENGTH[sandbox.tier]}"
-    sys.stderr.write(f"code: sandbox tier {strength}\n")
+    instead = f" (not stronger, for {sandbox.instead_of})" if sandbox.instead_of else ""
+    sys.stderr.write(f"code: sandbox tier {strength}{instead}\n")
     sys.stderr.flush()
     pool = Pool(sandbox, ahead=options.ahead, at_once=options.at_once, wait_s=options.wait)
     tool = run_python_tool(pool, sandbox, timeout_s=options.timeout)

@@ -32,14 +32,14 @@ class Pool:
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
         """Keep workers ready for the length of the block; ends with none left."""
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._keep_ready)
-            try:
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._keep_ready)
                 yield
-            finally:
                 tasks.cancel_scope.cancel()
-        for worker in self._waiting:
-            await worker.close()
+        finally:
+            for worker in self._waiting:
+                await worker.close()
 
     async def run(self, code: str, *, timeout_s: float) -> Finished:
         """Run a program in a fresh worker.

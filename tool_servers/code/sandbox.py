@@ -62,6 +62,8 @@ class Sandbox:
     def __init__(self, tier: Tier, allowance: Allowance, bubblewrap: Path | None = None) -> None:
         self.tier = tier
         self.allowance = allowance
+        self.instead_of = ""
+        """Why no stronger tier is used."""
         self._bubblewrap = bubblewrap
         self._interpreter = Path(sys.executable).resolve()
 
@@ -187,6 +189,7 @@ def choose_sandbox(allowance: Allowance, *, tier: Tier | None = None, require_st
         elif sandbox.tier == "landlock" and require_strict:
             problems.append("landlock: refused, it is not strict")
         elif (problem := sandbox.problem()) is None:
+            sandbox.instead_of = "; ".join(problems)
             return sandbox
         else:
             problems.append(f"{sandbox.tier}: {problem}")
