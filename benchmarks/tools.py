@@ -1,9 +1,10 @@
-"""What our tool servers cost: programs run per second, and search latency and build time against SQLite FTS5.
+"""What tools cost: a call through the plane, programs run per second, search latency and build time.
 
-    python -m benchmarks.tools [--quick] [--only code,search]
+    python -m benchmarks.tools [--quick] [--only plane,code,search]
 
-Each figure stands beside a yardstick measured in the same run, in turns: sandboxed programs beside bare interpreters,
-tantivy beside FTS5 over the same documents and queries. More parts are functions in `PARTS` that return their figures.
+Each figure stands beside a yardstick measured in the same run, in turns: the plane beside the plain SDK, sandboxed
+programs beside bare interpreters, tantivy beside SQLite FTS5 over the same documents and queries. More parts are
+functions in `PARTS` that return their figures.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from benchmarks.runs import print_result
+from benchmarks.tool_plane import plane
 from tool_servers.code.pool import Pool
 from tool_servers.code.sandbox import Allowance, choose_sandbox
 from tool_servers.search.index import open_index
@@ -152,7 +154,7 @@ def _per_query_ms(answer: Callable[[str], str], queries: list[str]) -> float:
     return (time.perf_counter() - began) / len(queries) * 1e3
 
 
-PARTS: dict[str, Callable[[bool], Figures]] = {"code": code, "search": search}
+PARTS: dict[str, Callable[[bool], Figures]] = {"plane": plane, "code": code, "search": search}
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from mcp import Client, MCPError
 from mcp.client import ClientSession
 from mcp.client.session import IncomingMessage
 from mcp.client.stdio import get_default_environment
-from pydantic import ValidationError
 
 from actors.tools.failures import ToolFailed
 from actors.tools.http import Endpoint, http_streams
@@ -27,14 +26,17 @@ from matpo.errors import UserError
 CONNECTION_ERRORS = (
     MCPError,
     OSError,
-    ValidationError,
     httpx2.HTTPError,
     httpx2.InvalidURL,
     anyio.BrokenResourceError,
     anyio.ClosedResourceError,
     anyio.EndOfStream,
+    ValueError,
+    TypeError,
+    LookupError,
+    RuntimeError,
 )
-"""What the SDK lets through when a connection fails."""
+"""What the SDK lets through when a connection fails. The last four: what odd messages of a server make it raise."""
 
 Event = Callable[[], None]
 

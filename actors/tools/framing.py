@@ -76,7 +76,7 @@ class MessageFraming:
         if self._answered(content):
             return None
         try:
-            return clean_listing(types.jsonrpc_message_adapter.validate_python(content, by_name=False))
+            return cleaned(types.jsonrpc_message_adapter.validate_python(content, by_name=False))
         except ValidationError:
             self.skipped["not a message"] += 1
             return None
@@ -117,12 +117,14 @@ class MessageFraming:
         return types.JSONRPCError(jsonrpc="2.0", id=int(found[1]), error=error)
 
 
-def clean_listing(message: types.JSONRPCMessage) -> types.JSONRPCMessage:
-    """A tools/list answer without what would make the SDK refuse all of it; other messages as they are.
+def cleaned(message: types.JSONRPCMessage) -> types.JSONRPCMessage | None:
+    """A message without what the SDK stumbles over or logs at length: of notifications only that tools changed is left.
 
-    Tools that are no valid MCP tools are dropped (the plane says which). Output schemas are removed: the text is what
-    the model reads, and a server that breaks its own output schema must not fail the call.
+    An answer to tools/list loses those that are no valid MCP tools (the plane says which), and all output schemas: the
+    text is what the model reads, and a server that breaks its own output schema must not fail the call.
     """
+    if isinstance(message, types.JSONRPCNotification):
+        return types.JSONRPCNotification(jsonrpc="2.0", method=NEW_TOOLS) if message.method == NEW_TOOLS else None
     if not isinstance(message, types.JSONRPCResponse) or not isinstance(tools := message.result.get("tools"), list):
         return message
     kept = []
@@ -131,15 +133,30 @@ def clean_listing(message: types.JSONRPCMessage) -> types.JSONRPCMessage:
             types.Tool.model_validate(tool, by_name=False)
         except ValidationError:
             continue
-        if isinstance(schema := tool["inputSchema"], dict) and schema.get("type") == "object":
+        schema = tool["inputSchema"]
+        if isinstance(schema, dict) and schema.get("type") == "object" and _is_shallow(schema):
             kept.append({key: value for key, value in tool.items() if key != "outputSchema"})
     names = [str(tool.get("name")) if isinstance(tool, dict) else repr(tool) for tool in tools]
     good = {str(tool["name"]) for tool in kept}
-    dropped = [name for name in names if name not in good]
+    dropped = [name[:80] for name in names if name not in good]
     meta = message.result.get("_meta")
     noted = {**(meta if isinstance(meta, dict) else {}), DROPPED: dropped}
     return message.model_copy(update={"result": {**message.result, "tools": kept, "_meta": noted}})
 
 
+def _is_shallow(value: JsonValue) -> bool:
+    """Whether lists and objects stand at most `MAX_DEPTH` inside one another: the SDK gives up on deep ones."""
+    level: list[JsonValue] = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [element for group in inner for element in group]
+        if not level:
+            return True
+    return False
+
+
+MAX_DEPTH = 64
+"""Of a tool's schema."""
+NEW_TOOLS = "notifications/tools/list_changed"
 DROPPED = "matpo/dropped"
-"""Key in a listing's `_meta`: names of the tools that `clean_listing` left out."""
+"""Key in a listing's `_meta`: names of the tools that `cleaned` left out."""

@@ -12,7 +12,10 @@ def readable(result: types.CallToolResult) -> str:
     """The result's text; images, audio and binaries as one descriptive line each; else its structured content."""
     parts = [_part(block) for block in result.content]
     if not parts and result.structured_content is not None:
-        return orjson.dumps(result.structured_content, option=orjson.OPT_INDENT_2).decode()
+        try:
+            return orjson.dumps(result.structured_content, option=orjson.OPT_INDENT_2).decode()
+        except orjson.JSONEncodeError:
+            return "[structured content, nested too deeply to be shown]"
     return "\n".join(parts) or "(no output)"
 
 

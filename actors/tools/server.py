@@ -13,7 +13,7 @@ import mcp_types as types
 import structlog
 from mcp import MCPError
 from mcp.client import ClientSession
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
 from actors.tools.catalog import check_names, differences, offered, schema_hash
 from actors.tools.connect import CONNECTION_ERRORS, Connector
@@ -133,10 +133,10 @@ class ToolServer:
             result = await session.call_tool(tool, dict(arguments), allow_input_required=True)
         except MCPError as error:
             raise self._meaning(error, session) from error
-        except ValidationError as error:
-            raise ToolFailed(f"server {self.name!r} sent an invalid result ({error.title})") from error
         except (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream) as error:
             raise ToolFailed(f"server {self.name!r} ended during the call") from error
+        except CONNECTION_ERRORS as error:
+            raise ToolFailed(f"server {self.name!r} sent an invalid result ({type(error).__name__})") from error
         if not isinstance(result, types.CallToolResult):
             raise ToolFailed(f"server {self.name!r} asks for input, which nobody here can give")
         self._failures = self._silent_timeouts = self._unreached = 0

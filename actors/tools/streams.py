@@ -13,7 +13,7 @@ import mcp_types as types
 from mcp.shared._stream_protocols import ReadStream, WriteStream
 from mcp.shared.message import SessionMessage
 
-from actors.tools.framing import clean_listing
+from actors.tools.framing import cleaned
 
 Streams = tuple[ReadStream[SessionMessage | Exception], WriteStream[SessionMessage]]
 """What an MCP transport yields."""
@@ -107,15 +107,19 @@ class Outbox(Closing):
 
 
 class CleanedReader(Closing):
-    """Another transport's read stream with tool listings cleaned."""
+    """Another transport's read stream with its messages cleaned."""
 
     def __init__(self, inner: ReadStream[SessionMessage | Exception]) -> None:
         self._inner = inner
 
     async def receive(self) -> SessionMessage | Exception:
         """The next message of the inner stream."""
-        item = await self._inner.receive()
-        return SessionMessage(clean_listing(item.message), item.metadata) if isinstance(item, SessionMessage) else item
+        while True:
+            item = await self._inner.receive()
+            if not isinstance(item, SessionMessage):
+                return item
+            if (message := cleaned(item.message)) is not None:
+                return SessionMessage(message, item.metadata)
 
     async def aclose(self) -> None:
         """Close the inner stream."""

@@ -27,7 +27,7 @@ class Call(TypedDict):
 
 SCHEMA = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
 TOOLS = ("echo", "crash", "crash_once", "hang", "flood", "flood_id_last", "junk", "bad_utf8", "slow", "picture",
-         "refuse", "tool_error", "lie", "pid", "peak", "environment", "grow", "stop_itself")  # fmt: skip
+         "refuse", "tool_error", "lie", "pid", "peak", "environment", "grow", "stop_itself", "say", "deep")  # fmt: skip
 
 MODERN: Message = {"resultType": "complete", "ttlMs": 0, "cacheScope": "private"}
 
@@ -117,6 +117,12 @@ def answer(request: Call, options: argparse.Namespace) -> None:
         global grown
         grown += 1
         send({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"})
+    elif name == "say":
+        raw(arguments["text"].encode() + b"\n")
+    elif name == "deep":
+        raw(b'{"jsonrpc": "2.0", "id": %d, "result": {"content": [], "structuredContent": ' % request["id"]
+            + b'{"a": ' * 900 + b"1" + b"}" * 900 + b"}}\n")  # fmt: skip
+        return
     elif name == "stop_itself":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif name == "environment":
@@ -131,6 +137,11 @@ def listing(options: argparse.Namespace) -> Message:
     tools += [{"name": f"grown_{number}", "inputSchema": SCHEMA} for number in range(grown)]
     if options.bad_schema:
         tools.insert(0, {"name": "bad", "inputSchema": {}})
+        tools.append({"name": "huge", "inputSchema": {**SCHEMA, "description": "x" * 100_000}})
+        deep: Message = {"type": "object"}
+        for _ in range(400):
+            deep = {"type": "object", "properties": {"a": deep}}
+        tools.append({"name": "deepest", "inputSchema": deep})
         tools.insert(1, {"inputSchema": SCHEMA})
         tools.insert(2, {"name": "worse", "inputSchema": {"type": "object", "properties": {"a": {"type": "nonsense"}}}})
     return {"tools": tools, "_meta": {"matpo/corpus": options.corpus}} if options.corpus else {"tools": tools}

@@ -12,6 +12,7 @@ from pydantic import JsonValue
 
 from actors.tools.__main__ import main
 from matpo.errors import UserError
+from tests.actors.tools.hostile import TOOLS
 from tests.actors.tools.hosts import entry
 
 
@@ -44,7 +45,7 @@ def test_check_shows_what_every_server_offers(tmp_path: Path, capsys: pytest.Cap
     shown = [[cell.strip() for cell in row] for row in rows]
     assert [(row[0], row[1], row[2], row[5], row[7]) for row in shown] == [
         ("old", "stdio", "2025-06-18", "1", "ok"),
-        ("new", "stdio", "2026-07-28", "18", "ok"),
+        ("new", "stdio", "2026-07-28", str(len(TOOLS)), "ok"),
     ]
     pinned = mcp_file(tmp_path, old=entry(allow=["echo"], pin=shown[0][6]))
     assert main(["check", pinned]) == 0

@@ -132,12 +132,47 @@ async def test_a_result_that_breaks_the_protocol_is_infrastructure() -> None:
         assert (await call(plane, "picture")).text.splitlines()[1] == "[image: image/png, 5 bytes]"
 
 
+DEEP = '{"a": ' * 900 + "1" + "}" * 900
+ODD = [
+    '{"jsonrpc": "2.0", "method": "notifications/message", "params": DEEP}',
+    '{"jsonrpc": "2.0", "method": "notifications/tools/list_changed", "params": {"_meta": DEEP}}',
+    '{"jsonrpc": "2.0", "method": "notifications/progress", "params": {"progressToken": [], "progress": "x"}}',
+    '{"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": {"a": 1}}}',
+    '{"jsonrpc": "2.0", "method": "notifications/cancelled", "params": [1]}',
+    '{"jsonrpc": "2.0", "id": 7, "method": "sampling/createMessage", "params": DEEP}',
+    '{"jsonrpc": "2.0", "id": 7, "method": "elicitation/create", "params": {}}',
+    '{"jsonrpc": "2.0", "id": "x", "method": "roots/list"}',
+    '{"jsonrpc": "2.0", "id": null, "method": "ping"}',
+    '{"jsonrpc": "2.0", "id": 1000000000000000000000000000000, "result": {}}',
+    '{"jsonrpc": "2.0", "id": 1.5, "result": {}}',
+    '{"jsonrpc": "2.0", "id": true, "result": {}}',
+    '{"jsonrpc": "2.0", "id": {"a": 1}, "result": {}}',
+    '{"jsonrpc": "2.0", "id": 1, "error": {}}',
+    '{"jsonrpc": "2.0", "id": 1, "error": {"code": "x", "message": DEEP}}',
+    '{"jsonrpc": "2.0", "id": 1, "result": 5}',
+    '{"jsonrpc": "1.0", "method": 5}',
+    DEEP,
+    "[" * 5_000 + "]" * 5_000,
+]
+
+
+@pytest.mark.parametrize("generation", ["--strict", "--modern"])
+async def test_no_message_a_server_makes_up_costs_more_than_a_call(generation: str) -> None:
+    async with hostile(generation) as plane:
+        for line in ODD:
+            said = await call(plane, "say", line.replace("DEEP", DEEP))
+            assert said.outcome in ("ok", "infrastructure")
+            assert (await call(plane, "echo", "on")).text == "on", line
+        assert (await call(plane, "deep")).outcome == "infrastructure"
+        assert (await call(plane, "echo", "on")).text == "on"
+
+
 async def test_one_bad_schema_drops_that_tool_and_not_the_server() -> None:
     async with hostile("--bad-schema", deny=["crash"]) as plane:
         names = [spec.name for spec in plane.specs(["*"])]
         assert names == sorted(names)
         assert "echo" in names
-        assert not {"bad", "worse", "crash"} & set(names)
+        assert not {"bad", "worse", "huge", "deepest", "crash"} & set(names)
 
 
 @pytest.mark.parametrize("generation", ["--strict", "--modern"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mcp_types as types
+from pydantic import JsonValue
 
 from actors.tools.results import cut, readable
 
@@ -31,6 +32,11 @@ def test_text_is_kept_and_everything_else_described() -> None:
 def test_structured_content_stands_in_for_missing_text() -> None:
     assert readable(types.CallToolResult(content=[], structured_content={"a": 1})) == '{\n  "a": 1\n}'
     assert readable(types.CallToolResult(content=[])) == "(no output)"
+    deep: JsonValue = 1
+    for _ in range(300):
+        deep = [deep]
+    nested = types.CallToolResult(content=[], structured_content={"a": deep})
+    assert readable(nested) == "[structured content, nested too deeply to be shown]"
 
 
 def test_long_text_is_cut_at_a_character_and_says_so() -> None:
