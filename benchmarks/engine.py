@@ -1,7 +1,9 @@
-"""Sampled tokens per second of the embedded engine beside transformers' own `generate`, on one thread of this machine.
+"""Sampled tokens per second of the embedded engine beside transformers' own `generate` and, with `--sglang PYTHON`, a
+real SGLang server on the CPU: same weights, same prompts, same sampled lengths, one thread each, rounds interleaved.
 
-A random Qwen3 of hidden size 128 and 4 layers (0.9M parameters), 64-token prompts, temperature 1. The engine also
-records a log-probability and a version per token; `generate` does not. The last line of the output is one JSON object.
+Then whole episodes, a planner that asks workers, with and without the reuse of prefixes. Rates are per CPU second of
+every process that works (of a server: all of its processes), and by the wall. Engines also record a log-probability and
+a version per token; `generate` does not. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -9,162 +11,293 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import Literal
 
 import anyio
 import numpy as np
+import psutil
 import torch
+from pydantic import JsonValue
 from rich.console import Console
 from rich.table import Table
-from transformers import GenerationMixin, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, GenerationMixin
 
-from actors.engines.embedded.engine import EmbeddedEngine
+from actors.engines.embedded.engine import TORCH_TYPES, EmbeddedEngine
+from actors.engines.engine import Engine
+from actors.engines.folder import read_model_weights
+from actors.engines.sglang.engine import SglangEngine
+from benchmarks.runs import ROOT, print_result
 from matpo.config import EmbeddedEngine as EmbeddedSettings
 from matpo.config import Sampling
+from matpo.config import SglangEngine as SglangSettings
 from protocols.records import Tokens
-from protocols.weights import read_keyframe
 
-VOCABULARY = 1200
 PROMPT_TOKENS = 64
-TURNS, TURN_TOKENS, RESULT_TOKENS = 6, 8, 25
-"""The multi-turn part: as in the quick start, short turns over a growing context."""
+LIMIT_S = 600.0
+GROUP, TURNS, SEARCHES = 8, 3, 2
+"""Episodes of a group; turns of the planner, each answered by a worker; searches of a worker."""
+SYSTEM_TOKENS, QUESTION_TOKENS, MESSAGE_TOKENS, RESULT_TOKENS = 12, 14, 8, 30
+CONCURRENCY = 64
+EPISODE_CONTEXT = 256
+
+Kind = Literal["embedded", "transformers", "sglang"]
+Run = Callable[[list[Tokens], int], Awaitable[None]]
+"""Samples so many tokens after each of the prompts, all together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured."""
+
+    folder: Path
+    vocabulary: int
+    dtype: Literal["float32", "bfloat16"]
+    batches: tuple[int, ...]
+    new_tokens: int
+    rounds: int
+    groups: int
+    sglang: Path | None
+
+    @property
+    def context(self) -> int:
+        return PROMPT_TOKENS + self.new_tokens + 16
+
+    def prompts(self, count: int, length: int, *, seed: int) -> list[Tokens]:
+        draw = np.random.default_rng(seed)
+        return [draw.integers(0, self.vocabulary, length).astype(np.int32) for _ in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens sampled by one engine at one batch size."""
+    """Sampled tokens, or episodes, by CPU time and by the wall."""
 
-    per_second: float
     per_cpu_second: float
+    per_second: float
 
 
 class Clock:
-    """Wall and CPU time (of all threads) since it was made."""
+    """Wall and CPU time since it was made; with `children`, the CPU time of all processes below this one too."""
 
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
+    def __init__(self, *, children: bool = False) -> None:
+        self._children = children
+        self._cpu, self._wall = self._cpu_s(), time.perf_counter()
 
-    def speed(self, tokens: int) -> Speed:
-        return Speed(tokens / (time.perf_counter() - self._wall), tokens / (time.process_time() - self._cpu))
+    def speed(self, done: int) -> Speed:
+        wall = time.perf_counter() - self._wall
+        return Speed(done / (self._cpu_s() - self._cpu), done / wall)
 
-
-def make_model(folder: Path) -> Qwen3ForCausalLM:
-    """The random model, also written to `folder`."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
-    build: Callable[[Qwen3Config], Qwen3ForCausalLM] = Qwen3ForCausalLM
-    model = build(config)
-    model.save_pretrained(folder)
-    return model
+    def _cpu_s(self) -> float:
+        below = psutil.Process().children(recursive=True) if self._children else []
+        times = [process.cpu_times() for process in below]
+        return time.process_time() + sum(t.user + t.system for t in times)
 
 
-def prompts(count: int, tokens: int) -> list[Tokens]:
-    draw = np.random.default_rng(0)
-    return [draw.integers(0, VOCABULARY, tokens).astype(np.int32) for _ in range(count)]
-
-
-def measure_transformers(model: Qwen3ForCausalLM, batch: int, new_tokens: int) -> Speed:
-    """One call of `generate` for the whole batch."""
-    generate: Callable[..., object] = GenerationMixin.generate
-    inputs = torch.from_numpy(np.stack(prompts(batch, PROMPT_TOKENS))).long()
-    mask = torch.ones_like(inputs)
-    generate(model, inputs, attention_mask=mask, do_sample=True, max_new_tokens=2)
-    clock = Clock()
-    generate(model, inputs, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=new_tokens)
-    return clock.speed(batch * new_tokens)
-
-
-async def measure_embedded(folder: Path, batch: int, new_tokens: int) -> Speed:
-    """The same work as `batch` concurrent requests."""
-    settings = EmbeddedSettings(max_batch=batch, max_context_tokens=512)
-    async with EmbeddedEngine.open(folder, settings, seed=0) as engine:
-        await engine.load(read_keyframe(folder / "model.safetensors"), version=0)
-        await generate_all(engine, prompts(batch, 8), 2)
-        clock = Clock()
-        await generate_all(engine, prompts(batch, PROMPT_TOKENS), new_tokens)
-        return clock.speed(batch * new_tokens)
-
-
-async def generate_all(engine: EmbeddedEngine, requests: list[Tokens], new_tokens: int) -> None:
-    sampling = Sampling(max_tokens=new_tokens)
+async def generate_all(engine: Engine, batch: list[Tokens], new_tokens: int) -> None:
     async with anyio.create_task_group() as tasks:
-        for tokens in requests:
-            tasks.start_soon(generate_one, engine, tokens, sampling)
+        for tokens in batch:
+            tasks.start_soon(sample, engine, tokens, new_tokens)
 
 
-async def generate_one(engine: EmbeddedEngine, tokens: Tokens, sampling: Sampling) -> Tokens:
-    return (await engine.generate(tokens, sampling, deadline_s=600)).tokens
+async def sample(engine: Engine, tokens: Tokens, count: int, group: str = "") -> Tokens:
+    answer = await engine.generate(tokens, Sampling(max_tokens=count), deadline_s=LIMIT_S, group=group)
+    if len(answer.tokens) != count:
+        raise RuntimeError(f"{len(answer.tokens)} tokens instead of {count}")
+    return answer.tokens
 
 
-async def measure_episodes(folder: Path, concurrency: int, episodes: int) -> Speed:
-    """Multi-turn episodes: every turn extends the last one's tokens, whose keys and values are still there."""
-    settings = EmbeddedSettings(max_batch=concurrency, max_context_tokens=512)
-    limiter = anyio.CapacityLimiter(concurrency)
+@asynccontextmanager
+async def open_embedded(plan: Plan, *, rows: int, context: int, kept: int | None = None) -> AsyncIterator[Engine]:
+    settings = EmbeddedSettings(max_batch=rows, max_context_tokens=context, dtype=plan.dtype, prefix_cache_tokens=kept)
+    async with EmbeddedEngine.open(plan.folder, settings, seed=0) as engine:
+        await engine.load(read_model_weights(plan.folder), version=0)
+        yield engine
 
-    async def play(start: Tokens, result: Tokens) -> None:
+
+@asynccontextmanager
+async def open_sglang(plan: Plan, python: Path, log: Path) -> AsyncIterator[Engine]:
+    settings = SglangSettings(
+        python=str(python),
+        device="cpu",
+        dtype=plan.dtype,
+        max_batch=max(plan.batches),
+        max_context_tokens=plan.context,
+        arguments=("--sleep-on-idle",),
+    )
+    async with SglangEngine.open(plan.folder, settings, seed=0, log=log) as engine:
+        await engine.load(read_model_weights(plan.folder), version=0)
+        yield engine
+
+
+def transformers_generate(plan: Plan) -> Run:
+    """One call of `generate` for a whole batch."""
+    model = AutoModelForCausalLM.from_pretrained(plan.folder, dtype=TORCH_TYPES[plan.dtype])
+    generate: Callable[..., object] = GenerationMixin.generate
+
+    async def run(batch: list[Tokens], new_tokens: int) -> None:
+        inputs = torch.from_numpy(np.stack(batch)).long()
+        generate(
+            model,
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=new_tokens,
+            pad_token_id=0,
+        )
+
+    return run
+
+
+async def measure_batches(plan: Plan, log: Path) -> dict[tuple[Kind, int], list[Speed]]:
+    """Every engine at every batch size, in turns; each round has prompts of its own."""
+    speeds: dict[tuple[Kind, int], list[Speed]] = {}
+    async with AsyncExitStack() as stack:
+        runs: dict[Kind, Run] = {"transformers": transformers_generate(plan)}
+        if plan.sglang is not None:
+            server = await stack.enter_async_context(open_sglang(plan, plan.sglang, log))
+            runs["sglang"] = partial(generate_all, server)
+        for batch in plan.batches:
+            async with open_embedded(plan, rows=batch, context=plan.context) as engine:
+                runs["embedded"] = partial(generate_all, engine)
+                for number in range(-1, plan.rounds):  # the first warms up
+                    count = plan.new_tokens if number >= 0 else 4
+                    for kind, run in runs.items():
+                        prompts = plan.prompts(batch, PROMPT_TOKENS, seed=number + 1)
+                        clock = Clock(children=kind == "sglang")
+                        await run(prompts, count)
+                        if number >= 0:
+                            speeds.setdefault((kind, batch), []).append(clock.speed(batch * count))
+    return speeds
+
+
+async def measure_episodes(plan: Plan, *, kept: int | None) -> tuple[Speed, float]:
+    """Episodes per second, 64 at once, and the share of prompt tokens that needed no computing."""
+    draw = np.random.default_rng(0)
+    planner, worker = (draw.integers(0, plan.vocabulary, SYSTEM_TOKENS).astype(np.int32) for _ in range(2))
+    limiter = anyio.CapacityLimiter(CONCURRENCY)
+
+    async def talk(start: Tokens, turns: int, answer: Callable[[Tokens], Awaitable[Tokens]]) -> Tokens:
+        """Messages of one agent, each followed by what it is told; returns the last."""
+        tokens = start
+        for _ in range(turns):
+            said = await sample(engine, tokens, MESSAGE_TOKENS)
+            tokens = np.concatenate([tokens, said, await answer(said)])
+        return await sample(engine, tokens, MESSAGE_TOKENS)
+
+    async def search(_: Tokens) -> Tokens:
+        return draw.integers(0, plan.vocabulary, RESULT_TOKENS).astype(np.int32)
+
+    async def play(question: Tokens) -> None:
         async with limiter:
-            tokens = start
-            for _ in range(TURNS):
-                sampled = await generate_one(engine, tokens, Sampling(max_tokens=TURN_TOKENS))
-                tokens = np.concatenate([tokens, sampled, result])
+            await talk(
+                np.concatenate([planner, question]),
+                TURNS,
+                lambda task: talk(np.concatenate([worker, question, task]), SEARCHES, search),
+            )
 
-    async with EmbeddedEngine.open(folder, settings, seed=0) as engine:
-        await engine.load(read_keyframe(folder / "model.safetensors"), version=0)
+    async with open_embedded(plan, rows=CONCURRENCY, context=EPISODE_CONTEXT, kept=kept) as engine:
         clock = Clock()
         async with anyio.create_task_group() as tasks:
-            for start, result in zip(prompts(episodes, 32), prompts(episodes, RESULT_TOKENS), strict=True):
-                tasks.start_soon(play, start, result)
-        return clock.speed(episodes * TURNS * TURN_TOKENS)
+            for question in plan.prompts(plan.groups, QUESTION_TOKENS, seed=1):
+                for _ in range(GROUP):
+                    tasks.start_soon(play, question)
+        speed, health = clock.speed(plan.groups * GROUP), await engine.health()
+    return speed, health.cached_tokens / health.prompt_tokens
+
+
+async def measure_reuse(plan: Plan, console: Console) -> dict[str, JsonValue]:
+    """The same episodes with and without reuse, in turns."""
+    with_reuse, without, rates = [], [], []
+    for _ in range(plan.rounds):
+        speed, rate = await measure_episodes(plan, kept=None)
+        with_reuse.append(speed)
+        rates.append(rate)
+        without.append((await measure_episodes(plan, kept=0))[0])
+    speedup = median(a.per_cpu_second / b.per_cpu_second for a, b in zip(with_reuse, without, strict=True))
+    result: dict[str, JsonValue] = {
+        "episodes_per_cpu_s": round(median(s.per_cpu_second for s in with_reuse), 1),
+        "episodes_per_cpu_s_without_reuse": round(median(s.per_cpu_second for s in without), 1),
+        "reuse_speedup": round(speedup, 2),
+        "prefix_hit_rate": round(median(rates), 3),
+    }
+    console.print(
+        f"episodes of {1 + 2 * TURNS} conversations, groups of {GROUP}, {CONCURRENCY} at once: {result}", soft_wrap=True
+    )
+    return result
+
+
+def show(plan: Plan, speeds: dict[tuple[Kind, int], list[Speed]], console: Console) -> dict[str, JsonValue]:
+    """The table, and its figures: medians, and ratios within each round."""
+    table = Table("batch", "engine", "tok/cpu-s", "tok/s", "ours is faster by (cpu)", "(wall)")
+    figures: dict[str, JsonValue] = {}
+    for (kind, batch), theirs in speeds.items():
+        ours = speeds["embedded", batch]
+        cpu = median(a.per_cpu_second / b.per_cpu_second for a, b in zip(ours, theirs, strict=True))
+        wall = median(a.per_second / b.per_second for a, b in zip(ours, theirs, strict=True))
+        rates = median(s.per_cpu_second for s in theirs), median(s.per_second for s in theirs)
+        figures |= {f"{kind}_{batch}": round(rates[0]), f"{kind}_{batch}_wall": round(rates[1])}
+        if kind != "embedded":
+            figures |= {f"ratio_{kind}_{batch}": round(cpu, 2), f"ratio_{kind}_{batch}_wall": round(wall, 2)}
+        table.add_row(str(batch), kind, f"{rates[0]:,.0f}", f"{rates[1]:,.0f}", f"{cpu:.2f}", f"{wall:.2f}")
+    console.print(f"{PROMPT_TOKENS} + {plan.new_tokens} tokens, {plan.dtype}, {plan.rounds} rounds")
+    console.print(table)
+    return figures
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer tokens and rounds; within a minute without --sglang"
+    )
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "quickstart", help="Hugging Face folder")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--new-tokens", type=int, help="sampled per prompt (192, or 48 with --quick)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, help="5, or 3 with --quick")
+    parser.add_argument("--sglang", type=Path, metavar="PYTHON", help="of `make sglang-cpu`: .venv-sglang/bin/python")
+    parser.add_argument("--no-episodes", action="store_true", help="leave the episodes out")
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer tokens; within 50 s")
-    quick: bool = parser.parse_args().quick
+    given = parse()
     torch.set_num_threads(1)
-    batches, new_tokens = (1, 8, 32, 128), 48 if quick else 192
-    table = Table("batch", "embedded tok/s", "tok/cpu-s", "generate tok/s", "tok/cpu-s", "ratio (cpu)")
-    figures: dict[str, float] = {"quick": float(quick), "cores": float(os.cpu_count() or 1)}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model = make_model(folder)
-        for batch in batches:
-            ours = anyio.run(measure_embedded, folder, batch, new_tokens)
-            theirs = measure_transformers(model, batch, new_tokens)
-            ratio = ours.per_cpu_second / theirs.per_cpu_second
-            speeds = (ours.per_second, ours.per_cpu_second, theirs.per_second, theirs.per_cpu_second)
-            table.add_row(str(batch), *(f"{speed:,.0f}" for speed in speeds), f"{ratio:.1f}")
-            figures |= {
-                f"embedded_{batch}": round(ours.per_cpu_second),
-                f"transformers_{batch}": round(theirs.per_cpu_second),
-            }
-        turns = anyio.run(measure_episodes, folder, 64, 128 if quick else 512)
     console = Console()
-    console.print(table)
-    each = TURNS * TURN_TOKENS
-    console.print(
-        f"episodes of {TURNS} turns ({TURN_TOKENS} sampled + {RESULT_TOKENS} new tokens each), 64 at once:"
-        f" {turns.per_second / each:,.0f} episodes/s, {turns.per_cpu_second:,.0f} sampled tok/cpu-s"
-    )
-    figures |= {"episodes_per_s": round(turns.per_second / each, 1), "multi_turn": round(turns.per_cpu_second)}
-    print(json.dumps(figures))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "model"
+        plan = Plan(
+            folder=folder,
+            vocabulary=without_end_tokens(given.model, folder),
+            dtype=given.dtype,
+            batches=tuple(given.batches),
+            new_tokens=given.new_tokens or (48 if given.quick else 192),
+            rounds=given.rounds or (3 if given.quick else 5),
+            groups=12 if given.quick else 32,
+            sglang=given.sglang,
+        )
+        figures: dict[str, JsonValue] = {"model": given.model.name, "dtype": plan.dtype, "cores": os.cpu_count()}
+        figures |= show(plan, anyio.run(measure_batches, plan, Path(name) / "sglang.log"), console)
+        if not given.no_episodes:
+            figures |= anyio.run(measure_reuse, plan, console)
+    print_result(figures)
+
+
+def without_end_tokens(folder: Path, copy: Path) -> int:
+    """Copy a model folder so that nobody stops early. Returns the vocabulary's size."""
+    shutil.copytree(folder, copy)
+    (copy / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    return int(config["vocab_size"])
 
 
 if __name__ == "__main__":

@@ -162,6 +162,5 @@ class Decoder:
 
     def _norm(self, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Root-mean-square norm in float32, as the Hugging Face modules compute it."""
-        wide = values.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._architecture.rms_norm_eps)
-        return weight * (wide * scale).to(values.dtype)
+        scaled = F.rms_norm(values.float(), values.shape[-1:], eps=self._architecture.rms_norm_eps)
+        return weight * scaled.to(values.dtype)
