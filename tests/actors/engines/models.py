@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoConfig, DynamicCache, LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
-from matpo.config import Lora
+from matpo.config import Lora, Sampling
 from protocols.records import Floats, Tokens
 from protocols.weights import Tensor, Weights
 
@@ -103,3 +103,18 @@ def hugging_face_logprobs_after_swap(
             picked.append(float(torch.log_softmax(logits.float(), dim=-1)[int(token)]))
             last = int(token)
     return np.asarray(picked, dtype=np.float32)
+
+
+def filtered_logprobs(model: PreTrainedModel, prompt: Tokens, sampled: Tokens, sampling: Sampling) -> Floats:
+    """log μ after temperature, then top-k, then top-p over the whole distribution, renormalised."""
+    whole = torch.from_numpy(np.concatenate([prompt, sampled]).astype(np.int64))[None]
+    with torch.no_grad():
+        p_TV = torch.softmax(model(whole).logits[0, len(prompt) - 1 : -1].double() / sampling.temperature, dim=-1)
+    sorted_TV, order_TV = p_TV.sort(dim=-1, descending=True)
+    before_TV = sorted_TV.cumsum(dim=-1) - sorted_TV
+    kept_TV = (torch.arange(p_TV.shape[1]) < (sampling.top_k or p_TV.shape[1])) & (before_TV <= sampling.top_p)
+    kept_TV = torch.zeros_like(kept_TV).scatter(1, order_TV, kept_TV)
+    p_TV = torch.where(kept_TV, p_TV, 0.0)
+    p_TV /= p_TV.sum(dim=-1, keepdim=True)
+    picked = p_TV.gather(1, whole[0, len(prompt) :, None])[:, 0].log()
+    return np.asarray(picked.numpy(), dtype=np.float32)

@@ -18,6 +18,7 @@ from tests.actors.engines.conftest import CONTEXT, OpenEngine
 from tests.actors.engines.models import (
     END,
     VOCABULARY,
+    filtered_logprobs,
     hugging_face_logprobs,
     hugging_face_logprobs_after_swap,
     make_model,
@@ -98,6 +99,38 @@ async def test_sampled_logprobs_are_those_of_hugging_face(open_engine: OpenEngin
         expected = hugging_face_logprobs(model, prompt, answer.tokens)
         np.testing.assert_allclose(answer.logprobs, expected, atol=1e-4, rtol=0)
         assert len(answer.tokens) == 15 and answer.stop == "length"
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.7, top_k=5), Sampling(temperature=1.3, top_p=0.8)])
+async def test_filtered_logprobs_are_those_of_the_distribution_drawn_from(
+    sampling: Sampling, open_engine: OpenEngine, tmp_path: Path
+) -> None:
+    model = make_model("qwen3", tmp_path)
+    prompts = [prompt_of(6, seed=seed) for seed in range(6)]
+    async with open_engine(tmp_path) as engine:
+        await engine.load(weights_of(model), version=0)
+        answers = await generate_all(engine, prompts, sampling.model_copy(update={"max_tokens": 12}))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        expected = filtered_logprobs(model, prompt, answer.tokens, sampling)
+        np.testing.assert_allclose(answer.logprobs, expected, atol=1e-4, rtol=0)
+
+
+async def test_a_turn_that_extends_its_own_tokens_computes_only_the_new_ones(
+    open_engine: OpenEngine, tmp_path: Path
+) -> None:
+    model = make_model("qwen3", tmp_path)
+    prompt = prompt_of(40)
+    async with open_engine(tmp_path) as engine:
+        await engine.load(weights_of(model), version=0)
+        first = await engine.generate(prompt, Sampling(max_tokens=10), deadline_s=PATIENCE_S)
+        before = await engine.health()
+        following = np.concatenate([prompt, first.tokens, prompt_of(5, seed=1)])
+        second = await engine.generate(following, Sampling(max_tokens=10), deadline_s=PATIENCE_S)
+        after = await engine.health()
+    assert (before.prompt_tokens, before.cached_tokens, after.prompt_tokens) == (40, 0, 40 + 55)
+    assert after.cached_tokens == 49  # the key and value of the last sampled token were never needed
+    expected = hugging_face_logprobs(model, following, second.tokens)
+    np.testing.assert_allclose(second.logprobs, expected, atol=1e-4, rtol=0)
 
 
 async def test_what_runs_beside_a_request_does_not_change_its_greedy_tokens_or_logprobs(
@@ -215,6 +248,25 @@ async def test_a_passed_deadline_is_an_engine_failure_that_says_so(open_engine: 
             await engine.generate(prompt_of(3), Sampling(), deadline_s=0.01)
 
 
+async def test_a_deadline_in_the_middle_of_an_answer_frees_the_row(open_engine: OpenEngine, tmp_path: Path) -> None:
+    model = make_model("qwen3", tmp_path)
+    async with open_engine(tmp_path) as engine:
+        await engine.load(weights_of(model), version=0)
+        with anyio.fail_after(PATIENCE_S):
+            async with anyio.create_task_group() as tasks:
+                for seed in range(12):
+                    tasks.start_soon(expect_too_late, engine, prompt_of(3, seed=seed))
+        answer = await engine.generate(prompt_of(3), Sampling(max_tokens=5), deadline_s=PATIENCE_S)
+        health = await engine.health()
+    assert len(answer.tokens) == 5
+    assert (health.running, health.waiting, health.state) == (0, 0, "ready")
+
+
+async def expect_too_late(engine: Engine, prompt: Tokens) -> None:
+    with pytest.raises(EngineFailure, match=r"within 0\.005 s"):
+        await engine.generate(prompt, Sampling(max_tokens=CONTEXT), deadline_s=0.005)
+
+
 async def test_a_cancelled_request_frees_its_row_for_the_next(open_engine: OpenEngine, tmp_path: Path) -> None:
     model = make_model("qwen3", tmp_path)
     async with open_engine(tmp_path) as engine:
@@ -246,3 +298,34 @@ async def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(
         with pytest.raises(ValueError, match=r"model\.norm\.weight"):
             await engine.load(missing, version=8)
         assert (engine.version, engine.digests[7]) == (7, weights_digest(weights))
+
+
+@pytest.mark.timeout(1_500)
+async def test_after_a_death_the_same_weights_answer_again(open_engine: OpenEngine, tmp_path: Path) -> None:
+    model = make_model("qwen3", tmp_path)
+    answers: list[Generation] = []
+    failures: list[EngineFailure] = []
+    async with open_engine.mortal(tmp_path) as (engine, kill):
+        await engine.load(weights_of(model), version=5)
+
+        async def ask() -> None:
+            for _ in range(2):  # as an episode does
+                try:
+                    answers.append(await engine.generate(prompt_of(4), Sampling(max_tokens=CONTEXT), deadline_s=700))
+                except EngineFailure as error:
+                    failures.append(error)
+                else:
+                    return
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask)
+            await wait_until_sampled(engine, 5)
+            kill()
+        await ask()
+        health = await engine.health()
+    assert len(failures) == (0 if open_engine.resumes else 1)
+    for answer in answers:
+        expected = hugging_face_logprobs(model, prompt_of(4), answer.tokens)
+        np.testing.assert_allclose(answer.logprobs, expected, atol=1e-4, rtol=0)
+        assert answer.versions.tolist() == [5] * (CONTEXT - 4) and answer.stop == "context"
+    assert len(answers) == 2 and health.state == "ready"
