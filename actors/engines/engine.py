@@ -91,3 +91,17 @@ class Engine(Protocol):
         ...
 
     async def health(self) -> EngineHealth: ...
+
+
+def check_prompt(tokens: Tokens, *, vocabulary: int, context: int) -> None:
+    """Raise `ValueError` for a prompt that would harm an engine, or leaves no room for an answer."""
+    if not len(tokens):
+        raise ValueError("the prompt is empty; give at least one token")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of {vocabulary}")
+    if len(tokens) >= context:
+        raise ValueError(
+            f"the prompt has {len(tokens)} tokens, the engine's context {context}: nothing could be sampled; raise"
+            " actor.engine.max_context_tokens or lower the roles' limits"
+        )

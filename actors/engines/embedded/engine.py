@@ -24,7 +24,7 @@ from actors.engines.embedded.batch import Request
 from actors.engines.embedded.merge import Adapted
 from actors.engines.embedded.parameters import Parameters, load_parameters
 from actors.engines.embedded.worker import Abandon, Stop, Submit, Swap, Worker
-from actors.engines.engine import EngineFailure, EngineHealth, Generation, LoadReport
+from actors.engines.engine import EngineFailure, EngineHealth, Generation, LoadReport, check_prompt
 from matpo.config import EmbeddedEngine as Settings
 from matpo.config import Lora, Sampling
 from matpo.errors import UserError
@@ -89,7 +89,7 @@ class EmbeddedEngine:
 
         A caller that is cancelled or too late frees its row at the next decoding step.
         """
-        self._check(tokens)
+        check_prompt(tokens, vocabulary=self._architecture.vocab_size, context=self._settings.max_context_tokens)
         answered = anyio.Event()
         request = Request(prompt=tokens, sampling=sampling, answered=answered.set)
         self._worker.mail.put(Submit(request))
@@ -151,18 +151,6 @@ class EmbeddedEngine:
         parameters = load_parameters(self._architecture, whole, device=device, dtype=dtype)
         # An adapter cannot be read back out of the sum: its digest is that of what was received.
         return parameters if self._adapted is None else replace(parameters, digest=weights_digest(weights))
-
-    def _check(self, tokens: Tokens) -> None:
-        if not len(tokens):
-            raise ValueError("the prompt is empty; give at least one token")
-        low, high, vocabulary = int(tokens.min()), int(tokens.max()), self._architecture.vocab_size
-        if low < 0 or high >= vocabulary:
-            raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of {vocabulary}")
-        if len(tokens) >= self._settings.max_context_tokens:
-            raise ValueError(
-                f"the prompt has {len(tokens)} tokens, the engine's context {self._settings.max_context_tokens}:"
-                " nothing could be sampled; raise actor.engine.max_context_tokens or lower the roles' limits"
-            )
 
 
 def _worker(architecture: Architecture, settings: Settings, *, ends: tuple[int, ...], seed: int) -> Worker:

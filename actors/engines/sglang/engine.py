@@ -17,7 +17,7 @@ from typing import Final, Self
 
 import anyio
 
-from actors.engines.engine import EngineFailure, EngineHealth, Generation, LoadReport
+from actors.engines.engine import EngineFailure, EngineHealth, Generation, LoadReport, check_prompt
 from actors.engines.sglang.adapters import AdapterHandover
 from actors.engines.sglang.collective import CollectiveHandover
 from actors.engines.sglang.fleet import Fleet
@@ -96,7 +96,7 @@ class SglangEngine:
         When a server dies or freezes in between, sampling goes on from the tokens that had arrived: on another one at
         once, or on the same one when it is back. `group` goes to one server as far as load allows.
         """
-        self._check(tokens)
+        check_prompt(tokens, vocabulary=self._facts.vocabulary, context=self._settings.max_context_tokens)
         progress = Progress(tokens)
         self._waiting += 1
         try:
@@ -147,18 +147,6 @@ class SglangEngine:
             prompt_tokens=self.fleet.counts.prompted,
             cached_tokens=self.fleet.counts.cached,
         )
-
-    def _check(self, tokens: Tokens) -> None:
-        if not len(tokens):
-            raise ValueError("the prompt is empty; give at least one token")
-        low, high, vocabulary = int(tokens.min()), int(tokens.max()), self._facts.vocabulary
-        if low < 0 or high >= vocabulary:
-            raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of {vocabulary}")
-        if len(tokens) >= self._settings.max_context_tokens:
-            raise ValueError(
-                f"the prompt has {len(tokens)} tokens, the engine's context {self._settings.max_context_tokens}:"
-                " nothing could be sampled; raise actor.engine.max_context_tokens or lower the roles' limits"
-            )
 
 
 def _handover(
