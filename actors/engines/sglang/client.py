@@ -22,6 +22,8 @@ EVENT: Final = b"data: "
 END_OF_STREAM: Final = b"[DONE]"
 LARGEST_EVENT_BYTES: Final = 16 * 2**20
 ABORT_TIMEOUT_S: Final = 2.0
+MOST_SUPPORT_TOKENS: Final = 4096
+"""A server reports log-probabilities over the support of top-k and top-p only if it has no more tokens than that."""
 ROUTING_KEY: Final = "X-SMG-Routing-Key"
 """Honoured by smg and sglang-router, with their policies `consistent_hashing` and `manual` or `--sticky-sessions`."""
 
@@ -137,7 +139,7 @@ class Request:
         parameters = {
             "temperature": sampling.temperature,
             "top_p": 1.0 if greedy else sampling.top_p,
-            "top_k": -1 if greedy or not sampling.top_k else sampling.top_k,
+            "top_k": min(sampling.top_k or MOST_SUPPORT_TOKENS, MOST_SUPPORT_TOKENS) if self.filtered else -1,
             "min_p": 0.0,
             "frequency_penalty": 0.0,
             "presence_penalty": 0.0,

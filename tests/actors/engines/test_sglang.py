@@ -78,13 +78,21 @@ async def test_a_reply_that_breaks_off_is_continued_from_the_tokens_that_arrived
 
 async def test_every_sampling_option_is_given_and_ids_have_one_length(model: PreTrainedModel, tmp_path: Path) -> None:
     bodies = []
-    for sampling in (Sampling(temperature=0, top_p=0.5, top_k=3), Sampling(top_p=0.5, top_k=3), Sampling()):
+    kinds = (
+        Sampling(temperature=0, top_p=0.5, top_k=3),
+        Sampling(top_p=0.5, top_k=3),
+        Sampling(),
+        Sampling(top_p=0.5),
+        Sampling(top_k=5_000),
+    )
+    for sampling in kinds:
         request = Request("a" * 32, PROMPT, sampling, max_tokens=4, ends=(63,), cache_key="k", stream_tokens=0)
         bodies.append(json.loads(request.body()))
-    greedy, filtered, plain = (body["sampling_params"] for body in bodies)
+    greedy, filtered, plain, nucleus, wide = (body["sampling_params"] for body in bodies)
     assert (greedy["top_p"], greedy["top_k"], plain["top_p"], plain["top_k"]) == (1.0, -1, 1.0, -1)
     assert (filtered["top_p"], filtered["top_k"], filtered["stop_token_ids"]) == (0.5, 3, [63])
-    assert [body["return_sampling_mask"] for body in bodies] == [False, True, False]
+    assert (nucleus["top_k"], wide["top_k"]) == (4096, 4096)  # more the server refuses
+    assert [body["return_sampling_mask"] for body in bodies] == [False, True, False, True, True]
     assert set(greedy) >= {"min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "ignore_eos"}
 
 
