@@ -23,7 +23,7 @@ from actors.engines.embedded.architecture import Architecture, read_architecture
 from actors.engines.embedded.batch import Request
 from actors.engines.embedded.merge import Adapted
 from actors.engines.embedded.parameters import Parameters, load_parameters
-from actors.engines.embedded.worker import Abandon, Stop, Submit, Swap, Worker
+from actors.engines.embedded.worker import Abandon, Stop, Submit, Swap, Worker, reason_of
 from actors.engines.engine import EngineFailure, EngineHealth, Generation, LoadReport, check_prompt
 from matpo.config import EmbeddedEngine as Settings
 from matpo.config import Lora, Sampling
@@ -117,8 +117,9 @@ class EmbeddedEngine:
         try:
             parameters = await anyio.to_thread.run_sync(self._build, weights)
         except (RuntimeError, MemoryError) as error:
-            reason = str(error).splitlines()[0]
-            raise EngineFailure(f"the embedded engine took no weights of version {version}: {reason}") from error
+            raise EngineFailure(
+                f"the embedded engine took no weights of version {version}: {reason_of(error)}"
+            ) from error
         self._digests[version] = parameters.digest
         answered = anyio.Event()
         swap = Swap(parameters, version, answered.set)
@@ -158,8 +159,7 @@ def _worker(architecture: Architecture, settings: Settings, *, ends: tuple[int, 
     try:
         kind = torch.empty(0, device=settings.device).device.type
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"actor.engine.device {settings.device!r} cannot be used: {reason}") from error
+        raise UserError(f"actor.engine.device {settings.device!r} cannot be used: {reason_of(error)}") from error
     if kind not in ("cpu", "cuda"):
         raise UserError(f"actor.engine.device {settings.device!r} is not supported; use cpu or cuda:0")
     post = asyncio.get_running_loop().call_soon_threadsafe
@@ -169,5 +169,5 @@ def _worker(architecture: Architecture, settings: Settings, *, ends: tuple[int, 
         raise UserError(
             f"actor.engine.max_batch = {settings.max_batch} sequences of max_context_tokens ="
             f" {settings.max_context_tokens} do not fit on {settings.device!r}"
-            f" ({str(error).splitlines()[0]}); lower one of them"
+            f" ({reason_of(error)}); lower one of them"
         ) from error

@@ -126,7 +126,7 @@ class Worker:
 
     def _fail(self, error: Exception) -> None:
         self._failures += 1
-        self.failure = f"version {self.version} on {self._device}: {str(error).splitlines()[0]}"
+        self.failure = f"version {self.version} on {self._device}: {reason_of(error)}"
         failed = self._batch.requests
         self._batch.requests = []
         self._sampling = None
@@ -253,6 +253,11 @@ class Worker:
         if last is not None:
             self._slots.copy(last, row, int(self._batch.length[row]))
         self._sampling = None
+
+
+def reason_of(error: Exception) -> str:
+    """Its first line; torch adds pages, and a lack of memory may say nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _call_all(callbacks: list[Callable[[], None]]) -> None:
