@@ -107,7 +107,8 @@ class ToolServer:
     async def run(self) -> None:
         """Connect, and again after growing pauses whenever the connection is lost. Ends if the first start fails."""
         with self._scope:
-            while await self._connect_and_hold():
+            # It may have been stopped before its turn came.
+            while not self._scope.cancel_called and await self._connect_and_hold():
                 pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (self._failures - 1))
                 _log.warning("tool server lost", server=self.name, reason=self._reason, restart_in_s=pause_s)
                 # Not all clients of a server that comes back at the same moment.

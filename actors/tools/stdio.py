@@ -104,13 +104,15 @@ async def start_process(
     Raises `OSError` when it cannot be started.
     """
     loop = asyncio.get_running_loop()
-    transport, process = await loop.subprocess_exec(
-        lambda: ServerProcess(command.max_line_bytes, on_end),
-        *command.argv,
-        env=command.env,
-        cwd=command.cwd,
-        start_new_session=True,
-    )
+    # A start that is cancelled half-way would leave a process that nobody stops.
+    with anyio.CancelScope(shield=True):
+        transport, process = await loop.subprocess_exec(
+            lambda: ServerProcess(command.max_line_bytes, on_end),
+            *command.argv,
+            env=command.env,
+            cwd=command.cwd,
+            start_new_session=True,
+        )
     stdin = transport.get_pipe_transport(0)
     # uvloop's transports are no subclasses of asyncio's, so there is nothing to narrow by isinstance.
     outbox = Outbox(stdin)  # type: ignore[arg-type]
