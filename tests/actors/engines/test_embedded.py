@@ -27,6 +27,7 @@ from matpo.errors import UserError
 from protocols.records import Tokens
 from protocols.weights import Tensor, Weights, weights_digest
 from tests.actors.engines.models import END, hugging_face_logprobs, make_model, prompt_of, weights_of
+from tests.actors.engines.test_contract import wait_until_sampled
 
 
 def tokens_of(*values: int) -> Tokens:
@@ -242,6 +243,33 @@ async def test_logprobs_with_reused_prefixes_are_those_of_a_fresh_prefill(tmp_pa
             np.testing.assert_allclose(answer.logprobs, fresh.logprobs, atol=1e-5, rtol=0)
         shares.append(share)
     assert shares[0] > shares[1] > 0.3 and shares[0] > 0.6
+
+
+async def test_keys_and_values_of_older_weights_are_never_taken_over_even_from_a_row_that_runs(tmp_path: Path) -> None:
+    models = make_model("qwen3", tmp_path, seed=0), make_model("qwen3", tmp_path / "new", seed=5)
+    prompt = prompt_of(40)
+    running: list[Generation] = []
+
+    async def run_on(engine: EmbeddedEngine) -> None:
+        running.append(await engine.generate(prompt, Sampling(max_tokens=216), deadline_s=60))
+
+    async with EmbeddedEngine.open(tmp_path, Settings(max_batch=2, max_context_tokens=256), seed=0) as engine:
+        await engine.load(weights_of(models[0]), version=0)
+        for version in range(1, 50):  # the running request may end before the swap: then try again
+            sampled = (await engine.health()).sampled_tokens
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(run_on, engine)
+                await wait_until_sampled(engine, sampled + 1)
+                await engine.load(weights_of(models[version % 2]), version=version)
+                before = (await engine.health()).cached_tokens
+                fresh = await engine.generate(prompt, Sampling(max_tokens=5), deadline_s=60)
+                after = (await engine.health()).cached_tokens
+            if version in running[-1].versions:
+                break
+    assert set(running[-1].versions.tolist()) == {version - 1, version}
+    assert before == after and fresh.versions.tolist() == [version] * 5
+    expected = hugging_face_logprobs(models[version % 2], prompt, fresh.tokens)
+    np.testing.assert_allclose(fresh.logprobs, expected, atol=1e-4, rtol=0)
 
 
 async def test_a_prompt_that_waits_for_its_neighbours_keys_is_not_overtaken(tmp_path: Path) -> None:
