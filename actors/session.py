@@ -58,6 +58,8 @@ class Session:
         self._follower = follower
         self._waiting_since: dict[str, float] = {}
         self.leaving = False
+        self._parted = False
+        """Goodbye is said: nothing may follow it."""
         self.ended = anyio.Event()
         """Set when the actor may go: the hub sent it home, or it has left."""
 
@@ -120,6 +122,8 @@ class Session:
                 cached_tokens=health.cached_tokens,
                 waits=self._waits(),
             )
+            if self._parted:
+                return
             await self._client.send(message)
             await self._ask()
             await anyio.sleep(self._heartbeat_s)
@@ -142,11 +146,12 @@ class Session:
             await self._player.drain()
         with anyio.move_on_after(LEAVE_PATIENCE_S if self._client.connected else 0):
             await self._outbox.wait_empty()
+        self._parted = True
         await self._client.send(Goodbye(reason=reason))
         self.ended.set()
 
     async def _ask(self) -> None:
-        if self._player.wanted:
+        if self._player.wanted and not self._parted:
             await self._client.send(LeaseRequest(episodes=self._player.wanted))
 
     def _waits(self) -> tuple[Wait, ...]:
