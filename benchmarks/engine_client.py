@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Protocol, cast
 from uuid import uuid4
@@ -53,6 +54,7 @@ SUCCESS = orjson.dumps({"success": True, "message": "", "paths": {path: {} for p
 """Answers whatever is not a prompt."""
 
 
+@cache
 def stub_answer() -> bytes:
     """A finished reply of 500 tokens with log-probabilities."""
     random = np.random.default_rng(0)
@@ -76,7 +78,7 @@ class Stub(asyncio.Protocol):
     def __init__(self, delay_s: float) -> None:
         self._delay_s = delay_s
         self._kept = b""
-        self._answer, self._success = (_response(body) for body in (stub_answer(), SUCCESS))
+        self._answer, self._success = _response(stub_answer()), _response(SUCCESS)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name

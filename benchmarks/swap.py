@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final, Literal
 
 import anyio
 import numpy as np
@@ -34,6 +35,7 @@ from protocols.records import Tokens
 from protocols.weights import Tensor, Weights, read_keyframe, write_keyframe
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+SWAPS: Final[Sequence[Literal["retract", "in_place"]]] = ("retract", "in_place")
 EVERY_S = 2.5
 """Seconds from one update to the next: steps far shorter than real ones."""
 AT_ONCE = 32
@@ -197,8 +199,10 @@ async def measure(*, sglang: bool, quick: bool, python: str) -> Mapping[str, See
             )
             rounds, phase_s = (2, 10.0) if quick else (6, 20.0)
             async with sglang_server(model, settings, folder) as url:
-                for swap in ("retract", "in_place"):
-                    there = settings.model_copy(update={"url": url, "swap": swap})
+                for swap in SWAPS:
+                    there = SglangSettings(
+                        urls=(url,), device="cpu", dtype="float32", max_context_tokens=256, swap=swap
+                    )
                     async with SglangEngine.open(model, there, seed=0) as engine:
                         found[swap] = await compare(engine, files, vocabulary, rounds=rounds, phase_s=phase_s)
     return found

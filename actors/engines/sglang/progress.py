@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import numpy as np
+from numpy.typing import NDArray
 
 from actors.engines.engine import Generation
 from actors.engines.sglang.answers import UNVERSIONED, Answer, BadAnswer, versions_of
 from protocols.records import Floats, StopReason, Tokens
+
+Number = TypeVar("Number", np.int32, np.float32)
 
 
 class Progress:
     """Tokens that certainly were sampled, each with its log-probability and version."""
 
     def __init__(self, prompt: Tokens) -> None:
-        self.whole = prompt
-        """The prompt and what was sampled: where the next request goes on."""
+        self.count = 0
+        """Tokens sampled."""
         self.breaks = 0
         """Requests that broke."""
         self.trouble = ""
         """What broke the last one."""
-        self._prompt_length = len(prompt)
+        self._prompt = self._whole = prompt
+        self._tokens: list[Tokens] = []
         self._logprobs: list[Floats] = []
         self._versions: list[Tokens] = []
 
     @property
-    def count(self) -> int:
-        """Tokens sampled."""
-        return len(self.whole) - self._prompt_length
+    def whole(self) -> Tokens:
+        """The prompt and what was sampled: where the next request goes on."""
+        if len(self._whole) < len(self._prompt) + self.count:
+            self._whole = np.concatenate([self._prompt, *self._tokens])
+        return self._whole
 
     def extend(self, tokens: Tokens, logprobs: Floats, versions: Tokens) -> None:
         """Add what a request sampled."""
-        self.whole = np.concatenate([self.whole, tokens])
+        self.count += len(tokens)
+        self._tokens.append(tokens)
         self._logprobs.append(logprobs)
         self._versions.append(versions)
 
@@ -41,11 +51,10 @@ class Progress:
 
     def generation(self, stop: StopReason) -> Generation:
         """As the engine's answer."""
-        nothing = np.zeros(0, dtype=np.int32)
         return Generation(
-            tokens=self.whole[self._prompt_length :],
-            logprobs=np.concatenate([nothing.astype(np.float32), *self._logprobs]),
-            versions=np.concatenate([nothing, *self._versions]),
+            tokens=_joined(self._tokens, np.int32),
+            logprobs=_joined(self._logprobs, np.float32),
+            versions=_joined(self._versions, np.int32),
             stop=stop,
         )
 
@@ -103,4 +112,10 @@ class Reply:
 
     @staticmethod
     def _arrays(events: list[Answer]) -> tuple[Tokens, Floats]:
-        return np.concatenate([e.tokens for e in events]), np.concatenate([e.logprobs for e in events])
+        tokens, logprobs = [event.tokens for event in events], [event.logprobs for event in events]
+        return _joined(tokens, np.int32), _joined(logprobs, np.float32)
+
+
+def _joined(parts: Sequence[NDArray[Number]], kind: type[Number]) -> NDArray[Number]:
+    """One array; mostly there is only one already."""
+    return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, dtype=kind), *parts])
