@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -234,12 +235,14 @@ async def test_the_tool_checks_its_arguments_and_names_its_tier() -> None:
                     await use(tool, bad)
 
 
-def test_packages_where_programs_have_their_own_files_are_refused() -> None:
-    with (
-        tempfile.TemporaryDirectory(dir="/tmp") as folder,
-        pytest.raises(SandboxError, match=r"bubblewrap: '/tmp/.*' lies in /tmp, which programs get empty"),
-    ):
-        choose_sandbox(Allowance(packages=(folder,)), tier="bubblewrap")
+async def test_packages_installed_where_programs_have_their_own_files_can_be_imported_all_the_same() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, anyio.fail_after(40):
+        (Path(folder) / "installed.py").write_text("WORD = 'found'\n")
+        os.chmod(folder, 0o755)
+        for tier in HERE:
+            pool = Pool(choose_sandbox(Allowance(packages=(folder,)), tier=tier), ahead=0, at_once=1)
+            async with pool.open():
+                assert (await run(pool, "import installed; installed.WORD")).value == "'found'"
 
 
 def test_strict_refuses_the_weaker_tier() -> None:

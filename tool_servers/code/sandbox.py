@@ -107,11 +107,11 @@ class Sandbox:
         return lines[-1] if lines else f"exit code {done.returncode}"
 
     def readable(self) -> list[str]:
-        """The interpreter, its libraries and the allowed packages."""
+        """The interpreter and its libraries."""
         # Of the interpreter itself: a virtual environment's packages are no part of it.
         compiled = sysconfig.get_path("platstdlib", vars={"platbase": sys.base_exec_prefix})
         standard = (sysconfig.get_path("stdlib"), compiled, f"{sys.base_prefix}/lib")
-        wanted = {*SYSTEM_FOLDERS, *standard, *self.allowance.packages}
+        wanted = {*SYSTEM_FOLDERS, *standard}
         folders: list[Path] = []
         for folder in sorted(Path(path) for path in wanted if os.path.isdir(path)):
             if not any(folder.is_relative_to(other) for other in folders):
@@ -127,13 +127,17 @@ class Sandbox:
             "file_bytes": allowed.disk_bytes,
             "open_files": allowed.open_files,
             "become": NOBODY if namespaces and os.geteuid() == 0 else None,
-            "read": [] if namespaces else [*self.readable(), *files],
-            "packages": list(allowed.packages),
+            "read": [] if namespaces else [*self.readable(), *allowed.packages, *files],
+            "packages": list(self._packages().values() if namespaces else allowed.packages),
             "preload": list(allowed.preload),
         }
         start = f"import sys; sys.path.insert(0, {str(root)!r}); from tool_servers.code.inside.worker import main; "
         start += f"main(sys.argv[1], {report_to}, {str(root)!r})"
         return [str(self._interpreter), "-I", "-S", "-B", "-c", start, json.dumps(limits)]
+
+    def _packages(self) -> dict[str, str]:
+        """Each folder of packages and where programs in namespaces see it: their own /tmp may hide where it is."""
+        return {path: f"/sandbox/packages/{i}" for i, path in enumerate(self.allowance.packages)}
 
     def _namespaces(self) -> Iterator[str]:
         yield from ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
@@ -145,12 +149,13 @@ class Sandbox:
             yield from ("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
         else:
             yield from ("--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY))
-        for path in self.readable():
-            target = "/sandbox/tool_servers/code/inside" if path == str(INSIDE) else path
+        elsewhere = {str(INSIDE): "/sandbox/tool_servers/code/inside", **self._packages()}
+        for path in [*self.readable(), *self.allowance.packages]:
+            target = elsewhere.get(path, path)
             # Made here, because bubblewrap would make them for its own user's eyes only.
             for parent in reversed(Path(target).parents[:-1]):
                 yield from ("--dir", str(parent))
-            if os.path.islink(path):
+            if target == path and os.path.islink(path):
                 yield from ("--symlink", os.readlink(path), target)
             else:
                 yield from ("--ro-bind", path, target)
