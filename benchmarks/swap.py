@@ -191,13 +191,13 @@ async def measure(*, sglang: bool, quick: bool, python: str) -> Mapping[str, See
         model, files, vocabulary = prepare(folder)
         embedded = EmbeddedSettings(max_batch=AT_ONCE, max_context_tokens=256)
         async with EmbeddedEngine.open(model, embedded, seed=0) as engine:
-            rounds, phase_s = (2, 8.0) if quick else (10, 10.0)
+            rounds, phase_s = (2, 8.0) if quick else (8, 10.0)
             found["embedded"] = await compare(engine, files, vocabulary, rounds=rounds, phase_s=phase_s)
         if sglang:
             settings = SglangSettings(
                 python=python, device="cpu", dtype="float32", max_batch=AT_ONCE, max_context_tokens=256
             )
-            rounds, phase_s = (2, 10.0) if quick else (6, 20.0)
+            rounds, phase_s = (2, 10.0) if quick else (4, 20.0)
             async with sglang_server(model, settings, folder) as url:
                 for swap in SWAPS:
                     there = SglangSettings(
