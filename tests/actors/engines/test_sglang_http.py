@@ -1,3 +1,5 @@
+"""The client's HTTP: any cut of the bytes, kept and broken connections, hundreds at once; and rows of replies."""
+
 from __future__ import annotations
 
 import asyncio
