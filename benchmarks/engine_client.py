@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Protocol, cast
@@ -170,9 +170,7 @@ async def measure_ours(url: str, *, in_flight: int, calls: int) -> float:
 
         async def call() -> int:
             wanted, reply, progress = request(tokens), Reply(sent_with=7), Progress(tokens)
-            async with aclosing(client.generate(wanted)) as contents:
-                async for content in contents:
-                    reply.take(parse_answer(content, filtered=wanted.filtered))
+            reply.take(parse_answer(await client.answer(wanted), filtered=wanted.filtered))
             reply.finish(progress)
             return len(progress.generation("length").logprobs)
 

@@ -8,7 +8,6 @@ from typing import Final, Literal
 
 import numpy as np
 import orjson
-from numpy.typing import NDArray
 
 from protocols.records import Floats, Tokens
 
@@ -103,12 +102,14 @@ def versions_of(answer: Answer, count: int, *, before: int, after: int) -> Token
         if before != after:
             raise BadAnswer("this server does not say which weights sampled which token; use actor.engine.swap = abort")
         return np.full(count, after, dtype=np.int32)
-    versions: NDArray[np.int32] = np.full(count, UNVERSIONED, dtype=np.int32)
+    versions, covered = np.empty(count, dtype=np.int32), 0
     for version, first, end in answer.spans:
         if version == UNVERSIONED:
             raise UnknownWeights(f"the server sampled tokens {first} to {end} with weights nobody announced")
-        versions[first:end] = version
-    if count and versions.min() == UNVERSIONED:
+        if first != covered:
+            break
+        versions[first:end], covered = version, end
+    if covered < count:
         raise BadAnswer(f"the server's version spans {answer.spans} do not cover {count} tokens")
     return versions
 

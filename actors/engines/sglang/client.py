@@ -188,20 +188,21 @@ class SglangClient:
     def url(self, url: str) -> None:
         self._http.url = url
 
-    async def generate(self, request: Request) -> AsyncGenerator[bytes, None]:
-        """The JSON of the reply, or of each event of a streamed one."""
-        header = f"{ROUTING_KEY}: {request.routing_key}\r\n" if request.routing_key else ""
+    async def answer(self, request: Request) -> bytes:
+        """The JSON of the reply to a request that is not streamed."""
         try:
-            if not request.stream_tokens:
-                yield await self._http.fetch("POST", "/generate", request.body(), header)
-                return
-            async with aclosing(self._http.stream("/generate", request.body(), header)) as parts:
+            return await self._http.fetch("POST", "/generate", request.body(), _routing(request))
+        except (Refused, Broken) as error:
+            raise self._trouble(error) from error
+
+    async def stream(self, request: Request) -> AsyncGenerator[bytes, None]:
+        """The JSON of each event of the reply to a streamed request."""
+        try:
+            async with aclosing(self._http.stream("/generate", request.body(), _routing(request))) as parts:
                 async for event in _events(parts):
                     yield event
-        except Refused as error:
-            raise _refusal(error) from error
-        except Broken as error:
-            raise ServerGone(f"{self.url}: {error}") from error
+        except (Refused, Broken) as error:
+            raise self._trouble(error) from error
 
     async def abort(self, rid: str) -> None:
         """End a request, if the server still has it. Failures do not matter: then it is gone or ends by itself."""
@@ -282,10 +283,15 @@ class SglangClient:
                 return await self._http.fetch(method, path, body)
         except TimeoutError:
             raise ServerGone(f"{self.url}{path} did not answer within {deadline_s:g} s") from None
-        except Refused as error:
-            raise _refusal(error) from error
-        except Broken as error:
-            raise ServerGone(f"{self.url}{path}: {error}") from error
+        except (Refused, Broken) as error:
+            raise self._trouble(error, path) from error
+
+    def _trouble(self, error: Refused | Broken, path: str = "") -> ServerGone | ServerRefused:
+        """What to raise: an answer of the 500s is not about the request; the server is in no state for any."""
+        if isinstance(error, Broken):
+            return ServerGone(f"{self.url}{path}: {error}")
+        text = _explain(error.content, error.status)
+        return ServerGone(text) if error.status >= 500 else ServerRefused(text)
 
 
 async def _events(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -328,10 +334,9 @@ class _Problems(BaseModel):
     error_message: str | None = None
 
 
-def _refusal(refused: Refused) -> ServerGone | ServerRefused:
-    """What to raise: an answer of the 500s says nothing of the request, but that the server is in no state for it."""
-    text = _explain(refused.content, refused.status)
-    return ServerGone(text) if refused.status >= 500 else ServerRefused(text)
+def _routing(request: Request) -> str:
+    """The header a router reads."""
+    return f"{ROUTING_KEY}: {request.routing_key}\r\n" if request.routing_key else ""
 
 
 def _explain(content: bytes, status: int) -> str:

@@ -138,15 +138,21 @@ class Line:
         return complete
 
     async def _receive(self, request: Request, reply: Reply) -> None:
-        async with aclosing(self.client.generate(request)) as contents:
-            async for content in contents:
-                before = reply.count
-                reply.take(parse_answer(content, filtered=request.filtered))
-                self._counts.sampled += reply.count - before
+        if request.stream_tokens:
+            async with aclosing(self.client.stream(request)) as events:
+                async for event in events:
+                    self._take(event, request, reply)
+        else:
+            self._take(await self.client.answer(request), request, reply)
         if reply.last.finish is None:
             raise ServerGone("the reply ended before the answer did")
         self._counts.prompted += len(request.tokens)
         self._counts.cached += reply.last.cached
+
+    def _take(self, content: bytes, request: Request, reply: Reply) -> None:
+        before = reply.count
+        reply.take(parse_answer(content, filtered=request.filtered))
+        self._counts.sampled += reply.count - before
 
     def _stop_of(self, progress: Progress, sampling: Sampling) -> StopReason | None:
         """Whether what was saved of a broken request is the whole answer already."""
