@@ -248,7 +248,7 @@ def training_only(setting: Setting, folder: RunFolder, parent: Path) -> float:
         for step, trees in trained_batches(journal):
             began = time.monotonic()
             current = version_of(lineage=0, step=step - 1)
-            taken = prepare(trees, config, current=current, vocabulary=policy.vocabulary, device=policy.device)
+            taken = prepare(trees, config, current=current, shape=policy.shape, device=policy.device)
             train_step(policy, training.optimizer, taken.micro_batches, learner, step=step, steps=setting.steps)
             publisher.publish(policy.parameters, version=version_of(lineage=0, step=step))
             if step > setting.warm_up:

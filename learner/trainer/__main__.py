@@ -74,9 +74,7 @@ def train(folder: RunFolder, config: Config, metrics: MetricsFile, stopping: thr
                 break
             clock.append(time.monotonic())
             current = version_of(lineage=lineage, step=step)
-            taken = prepare(
-                read_trees(*answer), config, current=current, vocabulary=policy.vocabulary, device=policy.device
-            )
+            taken = prepare(read_trees(*answer), config, current=current, shape=policy.shape, device=policy.device)
             clock.append(time.monotonic())
             step += 1
             report = train_step(policy, optimizer, taken.micro_batches, learner, step=step, steps=config.run.steps)

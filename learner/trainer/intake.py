@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from learner.trainer.pack import MicroBatch, Sample, pack
+from learner.trainer.costs import ModelShape
+from learner.trainer.pack import MicroBatch, pack
+from learner.trainer.plan import Sample
 from matpo.config import Config
 from matpo.credit.chosen import TreeAdvantages, advantages
 from matpo.freshness import distance
@@ -77,14 +79,23 @@ def group_trees(trees: Sequence[EpisodeTree]) -> tuple[EpisodeGroup, ...]:
 
 
 def prepare(
-    trees: Sequence[EpisodeTree], config: Config, *, current: int, vocabulary: int, device: torch.device
+    trees: Sequence[EpisodeTree],
+    config: Config,
+    *,
+    current: int,
+    shape: ModelShape,
+    device: torch.device,
+    ranks: int = 1,
+    rank: int = 0,
 ) -> StepInput:
     """Credit, weigh and pack the trees of one step; `current` is the version about to be trained.
 
-    A tree no model of `vocabulary` tokens and these roles can have made is filtered with the reason, so that a broken
-    actor cannot stop the trainer.
+    Of several ranks each is given all trees and gets its own micro-batches; the rest is the same for all. A tree no
+    model of this vocabulary and these roles can have made is filtered with the reason, so that a broken actor cannot
+    stop the trainer.
     """
-    filtered = {tree.tree_id: reason for tree in trees if (reason := defect(tree, config, vocabulary)) is not None}
+    defects = ((tree.tree_id, defect(tree, config, shape.vocabulary)) for tree in trees)
+    filtered = {name: reason for name, reason in defects if reason is not None}
     groups = group_trees([tree for tree in trees if tree.tree_id not in filtered])
     ordered = [tree for group in groups for tree in group.trees]
     credited = [scores for group in groups for scores in advantages(group, config.learner)]
@@ -97,7 +108,14 @@ def prepare(
             filtered[tree.tree_id] = NO_TOKENS
         samples += _samples(tree, scores, weighed, config)
     return StepInput(
-        micro_batches=pack(samples, limit_tokens=config.learner.micro_batch_tokens, device=device),
+        micro_batches=pack(
+            samples,
+            limit_tokens=config.learner.micro_batch_tokens,
+            device=device,
+            shape=shape,
+            ranks=ranks,
+            rank=rank,
+        ),
         trained=tuple(tree.tree_id for tree in ordered if tree.tree_id not in filtered),
         filtered=tuple(filtered.items()),
         report=_report(groups, len(filtered), len(samples), current),

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from learner.trainer.attention import ATTENTION, AttentionPlan, plan_attention, register
+from learner.trainer.costs import ModelShape
 from learner.trainer.head import Head
 from learner.trainer.trie import build_trie
 from matpo.config import Learner
@@ -33,6 +34,7 @@ class Policy:
     """Hugging Face name → parameter; tied ones appear once, under the input embedding's name."""
     dtype: torch.dtype
     device: torch.device
+    shape: ModelShape
 
     @property
     def vocabulary(self) -> int:
@@ -73,6 +75,7 @@ class Policy:
             parameters=dict(model.named_parameters()),
             dtype=dtype,
             device=device,
+            shape=shape_of(model, projection),
         )
         policy._probe()
         return policy
@@ -114,3 +117,18 @@ class Policy:
                 f"model {type(self.model).__name__} cannot be trained: its logits differ by {difference:.2g} (relative)"
                 " when prefixes are shared; only causal models with softmax attention and a linear head are served"
             )
+
+
+def shape_of(model: PreTrainedModel, projection: torch.nn.Linear) -> ModelShape:
+    """The shape of a causal model; of a mixture of experts all of them count, not only those a token chooses."""
+    embedding: torch.nn.Module = model.get_input_embeddings()
+    outside = {id(p) for module in (embedding, projection) for p in module.parameters()}
+    config = model.config.to_dict()
+    heads = config["num_attention_heads"]
+    return ModelShape(
+        body_parameters=sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in outside),
+        layers=config["num_hidden_layers"],
+        attention_width=heads * (config.get("head_dim") or config["hidden_size"] // heads),
+        hidden=projection.in_features,
+        vocabulary=projection.out_features,
+    )

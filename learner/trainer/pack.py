@@ -1,4 +1,4 @@
-"""Turn the sequences of a step into micro-batches without padding: a trie of inputs and the tokens to score on it.
+"""Turn the samples of a micro-batch into tensors without padding: a trie of inputs and the tokens to score on it.
 
 N: trie tokens, K: distinct scored tokens, T: sampled tokens of the sequences (several may share one scored token).
 """
@@ -13,35 +13,9 @@ import torch
 from torch import Tensor
 
 from learner.trainer.attention import AttentionPlan, plan_attention
-from learner.trainer.trie import build_trie, lexicographic
-from protocols.records import Flags, Floats, Tokens
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sample:
-    """One trajectory as the loss sees it. Lengths agree as in `protocols.records.Trajectory`."""
-
-    role: str
-    tokens: Tokens
-    sampled: Flags
-    behaviour: Floats
-    """log μ of each sampled token."""
-    advantage: float
-    weight: float
-    """Weight of each sampled token in the step's loss."""
-    temperature: float
-    """At which the tokens were sampled; π is taken at the same one."""
-
-    def __post_init__(self) -> None:
-        if not self.sampled[1:].any() or self.sampled[0]:
-            raise ValueError(
-                f"a {self.role} trajectory of {len(self.tokens)} tokens must sample some, and not its first"
-            )
-
-    @property
-    def inputs(self) -> Tokens:
-        """The tokens the model must read: all before the last sampled one."""
-        return self.tokens[: int(np.flatnonzero(self.sampled)[-1])]
+from learner.trainer.costs import TOKENS_ALONE, ModelShape, Work, packed_work, padded_work
+from learner.trainer.plan import Sample, plan
+from learner.trainer.trie import build_trie
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,45 +37,50 @@ class MicroBatch:
     role_T: Tensor
     """Index into `roles`."""
     roles: tuple[str, ...]
-    input_tokens: int
-    """Tokens of the sequences before merging."""
+    computed: Work
+    """What it takes."""
+    packed: Work
+    """What it would take with nothing shared: the sequences side by side, without padding."""
+    padded: Work
+    """What it would take with nothing shared and every sequence padded to the longest of its eight."""
 
 
-def pack(samples: Sequence[Sample], *, limit_tokens: int, device: torch.device) -> tuple[MicroBatch, ...]:
-    """Micro-batches of at most `limit_tokens` trie tokens (a longer sequence gets one of its own).
-
-    Sequences that share prefixes come together, so little is computed twice across micro-batches.
-    """
-    inputs = [sample.inputs for sample in samples]
-    order, shared = lexicographic(inputs)
-    groups: list[list[int]] = []
-    used = 0
-    for place, index in enumerate(order):
-        fresh = len(inputs[index]) - shared[place]
-        if not groups or used + fresh > limit_tokens:
-            groups.append([])
-            used, fresh = 0, len(inputs[index])
-        groups[-1].append(index)
-        used += fresh
-    return tuple(_micro_batch([samples[index] for index in group], device) for group in groups)
+def pack(
+    samples: Sequence[Sample],
+    *,
+    limit_tokens: int,
+    device: torch.device,
+    shape: ModelShape = TOKENS_ALONE,
+    ranks: int = 1,
+    rank: int = 0,
+) -> tuple[MicroBatch, ...]:
+    """The micro-batches of one of `ranks` processes that share the step (see `plan`)."""
+    planned = plan(samples, limit_tokens=limit_tokens, shape=shape, ranks=ranks)
+    return tuple(micro_batch(together, device) for together in planned[rank])
 
 
-def _micro_batch(samples: Sequence[Sample], device: torch.device) -> MicroBatch:
-    inputs = [sample.inputs for sample in samples]
+def micro_batch(samples: Sequence[Sample], device: torch.device) -> MicroBatch:
+    """Merge samples into a trie on `device`. Without any it holds one token that is not scored: a rank that has
+    nothing to do takes part in the others' forward and backward pass all the same."""
+    inputs = [sample.inputs for sample in samples] or [np.zeros(1, np.int32)]
     trie = build_trie(inputs)
     roles = tuple(sorted({sample.role for sample in samples}))
+    of_role = [roles.index(sample.role) for sample in samples]
     temperatures = sorted({sample.temperature for sample in samples})
     places = [np.flatnonzero(sample.sampled) for sample in samples]
     counts = [len(place) for place in places]
+    none = np.empty(0, np.int64)
     keys = np.stack(
         [
-            np.concatenate([path[place - 1] for path, place in zip(trie.paths, places, strict=True)]),
-            np.concatenate([sample.tokens[place] for sample, place in zip(samples, places, strict=True)]),
-            np.repeat([temperatures.index(sample.temperature) for sample in samples], counts),
+            np.concatenate([none, *(path[place - 1] for path, place in zip(trie.paths, places, strict=False))]),
+            np.concatenate([none, *(sample.tokens[place] for sample, place in zip(samples, places, strict=True))]),
+            np.repeat(np.array([temperatures.index(sample.temperature) for sample in samples], np.int64), counts),
         ]
     )
     scored_KX, scored_T = np.unique(keys, axis=1, return_inverse=True)
     order_T = np.argsort(scored_T, kind="stable")
+
+    behaviour = np.concatenate([np.empty(0, np.float32), *(sample.behaviour for sample in samples)])
 
     def per_token(values: list[float]) -> Tensor:
         return torch.from_numpy(np.repeat(np.array(values, np.float32), counts)[order_T]).to(device)
@@ -114,12 +93,12 @@ def _micro_batch(samples: Sequence[Sample], device: torch.device) -> MicroBatch:
         target_K=torch.from_numpy(scored_KX[1].copy()).to(device),
         temperature_K=torch.tensor(temperatures, dtype=torch.float32)[torch.from_numpy(scored_KX[2])].to(device),
         scored_T=torch.from_numpy(scored_T[order_T].copy()).to(device),
-        behaviour_T=torch.from_numpy(np.concatenate([sample.behaviour for sample in samples])[order_T]).to(device),
+        behaviour_T=torch.from_numpy(behaviour[order_T]).to(device),
         advantage_T=per_token([sample.advantage for sample in samples]),
         weight_T=per_token([sample.weight for sample in samples]),
-        role_T=torch.from_numpy(np.repeat([roles.index(sample.role) for sample in samples], counts)[order_T]).to(
-            device
-        ),
+        role_T=torch.from_numpy(np.repeat(np.array(of_role, np.int64), counts)[order_T]).to(device),
         roles=roles,
-        input_tokens=sum(len(tokens) for tokens in inputs),
+        computed=Work(len(trie.tokens), int(trie.positions.sum()) + len(trie.tokens), len(scored_KX[0])),
+        packed=packed_work(map(len, inputs), len(scored_T)),
+        padded=padded_work(np.array([len(tokens) for tokens in inputs]), len(scored_T)),
     )

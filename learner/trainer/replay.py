@@ -59,7 +59,7 @@ def replay(folder: RunFolder, overrides: Sequence[str]) -> int:
             # The lineage numbers versions and changes no arithmetic.
             current = version_of(lineage=0, step=step - 1)
             policy = training.policy
-            taken = prepare(trees, config, current=current, vocabulary=policy.vocabulary, device=policy.device)
+            taken = prepare(trees, config, current=current, shape=policy.shape, device=policy.device)
             report = train_step(
                 training.policy,
                 training.optimizer,

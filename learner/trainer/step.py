@@ -153,7 +153,7 @@ def train_step(
         lr=rate,
         updates=updates,
         micro_batches=len(batches),
-        tokens=sum(b.input_tokens for b in batches),
+        tokens=sum(b.packed.tokens for b in batches),
         unique_tokens=sum(len(b.tokens_N) for b in batches),
         attended_tokens=sum(b.plan.rows for b in batches),
         sampled_tokens=sum(len(b.scored_T) for b in batches),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from learner.trainer.pack import Sample
+from learner.trainer.plan import Sample
 from matpo.config import Objective
 from matpo.objective import token_loss
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from learner.trainer import head
 from learner.trainer.model import Policy
-from learner.trainer.pack import Sample, pack
+from learner.trainer.pack import pack
+from learner.trainer.plan import Sample
 from learner.trainer.step import accumulate
 from matpo.config import Clip, Decoupled, Dppo, Learner, Objective, Tis
 from tests.learner.trainer.models import VOCABULARY, Family, reference_gradient, sample, tiny_model
@@ -120,7 +121,7 @@ def test_shared_prefixes_are_computed_once() -> None:
         (2, 5),
         (3, 6),
     ]
-    assert batch.input_tokens == 3 + 4 + 2
+    assert batch.packed.tokens == 3 + 4 + 2
 
 
 def test_the_same_sampled_token_in_two_trees_is_scored_once_and_weighed_twice() -> None:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
+from learner.trainer.costs import ModelShape
 from learner.trainer.intake import prepare, read_trees
 from learner.trainer.model import Policy
-from learner.trainer.pack import Sample, pack
+from learner.trainer.pack import pack
+from learner.trainer.plan import Sample
 from learner.trainer.publish import to_weights
 from learner.trainer.setup import make_deterministic
 from learner.trainer.step import StepReport, accumulate, learning_rate, make_optimizer, train_step
@@ -25,6 +27,8 @@ from protocols.weights import weights_digest
 from tests.learner.trainer.models import VOCABULARY, reference_gradient, sample, tiny_model
 from tests.learner.trainer.test_exactness import CPU, random_rows, relative_difference
 from tests.matpo.trees import OTHER, trajectory, tree
+
+SHAPE = ModelShape(body_parameters=1, layers=1, attention_width=1, hidden=1, vocabulary=13)
 
 
 def step_once(learner: Learner, rows: list[Sample], *, steps: int = 1) -> tuple[Policy, list[StepReport]]:
@@ -177,7 +181,7 @@ def good_and_bad() -> list[EpisodeTree]:
 
 def test_intake_gives_each_trajectory_its_trees_advantage_its_weight_and_its_roles_temperature() -> None:
     (batch,) = prepare(
-        good_and_bad(), config_with(normalise_by_std=False), current=3, vocabulary=13, device=CPU
+        good_and_bad(), config_with(normalise_by_std=False), current=3, shape=SHAPE, device=CPU
     ).micro_batches
     first = batch.advantage_T > 0
     assert batch.advantage_T[first].tolist() == [0.5, 0.5, 0.5]
@@ -199,7 +203,7 @@ def test_every_sampled_token_of_two_workers_is_trained_wherever_the_planner_samp
     )
     config = config_with(normalise_by_std=False)
     bad = tree(0.0, trajectory(".x"), name="bad", episode=1)
-    (batch,) = prepare([good, bad], config, current=0, vocabulary=13, device=CPU).micro_batches
+    (batch,) = prepare([good, bad], config, current=0, shape=SHAPE, device=CPU).micro_batches
     worker = batch.role_T == batch.roles.index("worker")
     assert batch.advantage_T[worker].tolist() == [0.5] * 5
     assert batch.advantage_T[~worker].tolist() in ([0.5, -0.5], [-0.5, 0.5])
@@ -207,7 +211,7 @@ def test_every_sampled_token_of_two_workers_is_trained_wherever_the_planner_samp
 
 
 def test_intake_reports_rewards_and_staleness() -> None:
-    report = prepare(good_and_bad(), config_with(), current=3, vocabulary=13, device=CPU).report
+    report = prepare(good_and_bad(), config_with(), current=3, shape=SHAPE, device=CPU).report
     assert (report.groups, report.trees, report.trajectories, report.filtered_trees) == (1, 2, 3, 0)
     assert (report.reward_mean, report.reward_parts) == (0.5, {"answer": 0.5})
     assert (report.staleness_mean, report.staleness_max) == (3.0, 3)
@@ -221,7 +225,7 @@ def test_trees_no_actor_of_this_run_can_have_made_are_filtered_with_the_reason()
         tree(1.0, trajectory("x.x"), name="first"),
         tree(1.0, replace(outside, tokens=outside.tokens + 13), name="token"),
     ]
-    taken = prepare([*good_and_bad(), *strange], config_with(), current=0, vocabulary=13, device=CPU)
+    taken = prepare([*good_and_bad(), *strange], config_with(), current=0, shape=SHAPE, device=CPU)
     assert dict(taken.filtered) == {
         "role": "unknown_role", "first": "first_token_sampled", "token": "token_outside_vocabulary"
     }  # fmt: skip
@@ -230,7 +234,7 @@ def test_trees_no_actor_of_this_run_can_have_made_are_filtered_with_the_reason()
 
 def test_groups_of_one_task_come_together_even_if_their_trees_are_mixed() -> None:
     trees = [tree(float(n % 2), name=f"t{n}", group=f"g{n // 2 % 2}", task=OTHER, episode=n) for n in range(8)]
-    taken = prepare(trees, config_with(), current=0, vocabulary=13, device=CPU)
+    taken = prepare(trees, config_with(), current=0, shape=SHAPE, device=CPU)
     assert taken.trained == ("t0", "t1", "t4", "t5", "t2", "t3", "t6", "t7")
 
 
