@@ -75,7 +75,7 @@ async def run_actor(place: Place) -> None:
         )
         welcome = await greet(client, hello, deadline_s=place.patience_s)
         engine_log = place.state / "logs" / f"{place.actor_id}-engine.log"
-        model, lora = model_folder(config.model), config.model.lora
+        model, lora = model_folder(config.model), config.model.served_adapter
         engine = await enter(open_engine(model, config.actor.engine, lora=lora, seed=seed, log=engine_log))
         tools = await enter(ToolPlane.open(config.tools, variables=tool_variables(config, folder=folder / "world")))
         await enter(reported(tools, place.state / "metrics.jsonl", place.actor_id, every_s=welcome.heartbeat_s))

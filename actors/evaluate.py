@@ -21,7 +21,7 @@ from actors.failure import user_error
 from actors.scene import Stage
 from actors.setting import tool_variables
 from actors.tools.plane import ToolPlane
-from matpo.adapters import read_adapter
+from matpo.adapters import merged, read_adapter
 from matpo.config import Config, Model
 from matpo.datasets.load import load_tasks
 from matpo.errors import UserError, run_command
@@ -77,7 +77,7 @@ async def play_all(
     config: Config, tasks: Sequence[Task], *, weights: Weights, repeats: int, played: Callable[[], object]
 ) -> list[EpisodeTree]:
     """Play every task `repeats` times with these weights; `played` is called after every episode."""
-    model, lora = model_folder(config.model), config.model.lora
+    model, lora = model_folder(config.model), config.model.served_adapter
     trees: list[EpisodeTree] = []
     limiter = anyio.CapacityLimiter(config.actor.concurrency)
 
@@ -108,14 +108,22 @@ async def play_all(
 
 
 def chosen_weights(model: Model, adapter: Path | None) -> Weights:
-    """Those of the model's folder, or of an adapter's where the config has `model.lora`. Raises `UserError`."""
+    """What the engine of this config loads: the model's weights, the adapter's, or with `model.lora.publish = "merged"`
+    both in one. Raises `UserError`.
+    """
     if model.lora is None:
         if adapter is not None:
             raise UserError(f"--adapter {str(adapter)!r} needs model.lora in the config: rank, alpha, target_modules")
         return read_model_weights(model_folder(model))
     if adapter is None:
         raise UserError("the config has model.lora: give the adapter with --adapter FOLDER, or remove model.lora")
-    return read_adapter(adapter, model.lora)
+    weights = read_adapter(adapter, model.lora)
+    if model.served_adapter is not None:
+        return weights
+    try:
+        return merged(read_model_weights(model_folder(model)), weights, model.lora)
+    except ValueError as error:
+        raise UserError(f"adapter in {str(adapter)!r} and model {str(model.path)!r}: {error}") from error
 
 
 def print_lines(trees: Sequence[EpisodeTree], *, repeats: int, console: Console) -> None:

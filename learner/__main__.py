@@ -18,7 +18,6 @@ from matpo.errors import UserError, run_command
 from matpo.folder import RunFolder
 from matpo.load import load_config
 from matpo.logs import configure_logs
-from matpo.model_files import require_trainable
 
 
 def main() -> None:
@@ -34,7 +33,6 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--run", type=Path, metavar="RUN", help="start or go on in this run's folder")
     options = parser.parse_intermixed_args(arguments)
     folder = prepare(options.config, options.override, options.run)
-    require_trainable(load_config(folder.config).model)
     configure_logs(folder.log("learner"), "learner")
     sys.stderr.write(f"run folder {folder.path}\n")
     place = ["--run", str(folder.path)]

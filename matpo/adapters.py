@@ -1,7 +1,8 @@
 """Low-rank adapters as they travel: PEFT's tensor names, the shapes they must have, and PEFT's description of them.
 
 An adapter of rank r adds (alpha / r) · B A to a projection's weight W [out, in]; A is [r, in] and B is [out, r]
-(arXiv 2106.09685). Published weights of a run with `model.lora` are the A and B of every targeted projection.
+(arXiv 2106.09685). What is published of a run with `model.lora` is the A and B of every targeted projection, or the
+merged weights.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from matpo.config import Lora
 from matpo.errors import UserError
-from protocols.weights import BadWeights, Weights, read_keyframe
+from protocols.weights import BadWeights, Tensor, Weights, read_keyframe
 
 Shape = tuple[int, ...]
 PEFT_PREFIX = "base_model.model."
@@ -61,6 +64,29 @@ def adapter_shapes(shapes: Mapping[str, Shape], lora: Lora) -> dict[str, Shape]:
         rows, columns = shapes[name]
         wanted |= {first: (lora.rank, columns), second: (rows, lora.rank)}
     return wanted
+
+
+def merged(base: Weights, adapter: Weights, lora: Lora) -> Weights:
+    """All weights with the adapter added in; changed tensors are new and float32, the others are shared.
+
+    Raises `ValueError` naming the first tensor of the adapter that is missing, unknown or of another shape.
+    """
+    shapes: Mapping[str, Shape] = {name: tensor.data.shape for name, tensor in base.items()}
+    check_shapes(adapter, adapter_shapes(shapes, lora))
+    changed: dict[str, Tensor] = {}
+    for name in targeted(shapes, lora):
+        first, second = (_floats(adapter[factor]) for factor in factor_names(name))
+        change = np.matmul(second, first)
+        change *= lora.alpha / lora.rank
+        changed[name] = Tensor("float32", np.add(_floats(base[name]), change, out=change))
+    return {**base, **changed}
+
+
+def _floats(tensor: Tensor) -> NDArray[np.float32]:
+    """float32, not copied where it is that already."""
+    if tensor.dtype == "float32":
+        return tensor.data.astype(np.float32, copy=False)
+    return (tensor.data.astype(np.uint32) << 16).view(np.float32)
 
 
 def check_shapes(weights: Weights, shapes: Mapping[str, Shape]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import orjson
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -12,6 +12,8 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from matpo.engine_config import EmbeddedEngine as EmbeddedEngine
 from matpo.engine_config import Engine as Engine
 from matpo.engine_config import SglangEngine as SglangEngine
+from matpo.lora_config import PROJECTIONS as PROJECTIONS
+from matpo.lora_config import Lora as Lora
 from matpo.section import Section
 from matpo.tools_config import McpServer as McpServer
 from matpo.tools_config import ServerExtras as ServerExtras
@@ -42,34 +44,19 @@ class Run(Section):
     """Optimizer steps."""
 
 
-Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
-
-
-class Lora(Section):
-    """Low-rank adapters: the weights that travel are A and B of W + (alpha / rank) · B A, everything else is frozen."""
-
-    rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32.0, gt=0)
-    target_modules: tuple[Projection, ...] = PROJECTIONS
-    """Projections of every layer that are adapted."""
-
-    @field_validator("target_modules")
-    @classmethod
-    def _named_once(cls, value: tuple[Projection, ...]) -> tuple[Projection, ...]:
-        if not value or len(set(value)) < len(value):
-            raise ValueError("target_modules must name at least one projection, and none twice")
-        return value
-
-
 class Model(Section):
     """The language model: a Hugging Face folder."""
 
     path: Path
     lora: Lora | None = None
-    """Train and serve an adapter of the model instead of all its weights."""
+    """Train an adapter of the model instead of all its weights."""
     chat_template: Path | None = None
     """A jinja file used instead of the tokenizer's own template."""
+
+    @property
+    def served_adapter(self) -> Lora | None:
+        """The adapter that engines load; None where they get whole weights."""
+        return self.lora if self.lora is not None and self.lora.publish == "adapter" else None
 
 
 class WorldData(Section):
@@ -344,11 +331,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _adapters_served(self) -> Config:
         engine = self.actor.engine
-        if self.model.lora is not None and isinstance(engine, SglangEngine):
+        if self.model.served_adapter is not None and isinstance(engine, SglangEngine):
+            instead = 'or set model.lora.publish = "merged"'
             if engine.handover != "disk":
-                raise ValueError('model.lora is served from folders; set actor.engine.handover = "disk"')
+                raise ValueError(f'model.lora is served from folders; set actor.engine.handover = "disk", {instead}')
             if engine.router is not None:
-                raise ValueError("model.lora is not served behind a router; name the servers in actor.engine.urls")
+                raise ValueError(
+                    f"model.lora is not served behind a router; name the servers in actor.engine.urls, {instead}"
+                )
             if engine.swap != "retract":
                 raise ValueError("with model.lora nothing is swapped under a request; remove actor.engine.swap")
         return self

@@ -30,12 +30,6 @@ def require_model_files(model: Model) -> None:
     tokenizer_digest(model)
 
 
-def require_trainable(model: Model) -> None:
-    """Refuse what can be served but not trained."""
-    if model.lora is not None:
-        raise UserError("model.lora cannot be trained yet, only served (matpo eval --adapter); remove model.lora")
-
-
 def chat_template(model: Model) -> str | None:
     """The text of the chat template that replaces the tokenizer's own, if one is configured."""
     if model.chat_template is None:

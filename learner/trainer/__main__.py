@@ -65,7 +65,7 @@ def train(folder: RunFolder, config: Config, metrics: MetricsFile, stopping: thr
     )
     with Hub(folder, stopping) as hub:
         lineage = hub.hello(step=step, config_digest=config.shared_digest)
-        hub.publish(publisher.publish(policy.parameters, version=version_of(lineage=lineage, step=step)))
+        hub.publish(publisher.publish(policy.published, version=version_of(lineage=lineage, step=step)))
         log.info("trainer ready", step=step, lineage=lineage, resumed=state is not None)
         while step < config.run.steps:
             clock = [time.monotonic()]
@@ -80,7 +80,7 @@ def train(folder: RunFolder, config: Config, metrics: MetricsFile, stopping: thr
             report = train_step(policy, optimizer, taken.micro_batches, learner, step=step, steps=config.run.steps)
             clock.append(time.monotonic())
             hub.done(step, taken)
-            published = publisher.publish(policy.parameters, version=version_of(lineage=lineage, step=step))
+            published = publisher.publish(policy.published, version=version_of(lineage=lineage, step=step))
             hub.publish(published)
             clock.append(time.monotonic())
             if step % learner.checkpoint_every_steps == 0 or step == config.run.steps or stopping.is_set():

@@ -1,6 +1,7 @@
 """Checkpoints of a run: written beside the others and renamed, checked by digest when read, the newest sound one wins.
 
-A checkpoint folder is also a Hugging Face model folder, so its weights can be evaluated or trained further as they are.
+A checkpoint folder is also a Hugging Face model folder, or with `model.lora` a PEFT one, so its weights can be
+evaluated or trained further as they are.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from learner.trainer.model import Policy
 from learner.trainer.publish import parameters_digest
+from matpo.adapters import CONFIG_FILE, TENSOR_FILE, peft_config, read_adapter
+from matpo.errors import UserError
 from matpo.model_files import TOKENIZER_FILES
 from protocols.records import Record
 from protocols.weights import file_digest
@@ -63,9 +66,12 @@ class Checkpoints:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         parameters = {name: p.detach().cpu().contiguous() for name, p in policy.parameters.items()}
-        save_file(parameters, draft / MODEL, metadata={"format": "pt"})
+        save_file(parameters, draft / _file_of(policy), metadata={"format": "pt"})
         save_file(_optimizer_tensors(policy, optimizer), draft / OPTIMIZER)
-        policy.model.config.save_pretrained(draft)
+        if policy.adapter is None:
+            policy.model.config.save_pretrained(draft)
+        else:
+            (draft / CONFIG_FILE).write_bytes(peft_config(policy.adapter.lora, base=model.resolve()))
         for name in TOKENIZER_FILES:
             if (model / name).is_file():
                 shutil.copyfile(model / name, draft / name)
@@ -99,7 +105,8 @@ class Checkpoints:
             manifest = _check(path)
             if manifest is None:
                 continue
-            weights = load_file(path / MODEL)
+            _require_same_kind(path, policy)
+            weights = load_file(path / _file_of(policy))
             if weights.keys() != policy.parameters.keys():
                 log.warning("checkpoint of another model ignored", checkpoint=str(path))
                 continue
@@ -112,6 +119,22 @@ class Checkpoints:
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"), reverse=True) if self.folder.is_dir() else []
+
+
+def _file_of(policy: Policy) -> str:
+    return MODEL if policy.adapter is None else TENSOR_FILE
+
+
+def _require_same_kind(path: Path, policy: Policy) -> None:
+    """Raise `UserError` for a checkpoint of all weights where an adapter is trained, of another adapter, or of any
+    adapter where all weights are trained."""
+    is_adapter = (path / CONFIG_FILE).is_file()
+    if policy.adapter is not None and is_adapter:
+        read_adapter(path, policy.adapter.lora)
+    elif policy.adapter is not None:
+        raise UserError(f"checkpoint {str(path)!r} holds all weights; remove model.lora or start a new run")
+    elif is_adapter:
+        raise UserError(f"checkpoint {str(path)!r} holds an adapter; set model.lora as it was or start a new run")
 
 
 def _check(path: Path) -> _Manifest | None:

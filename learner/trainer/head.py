@@ -24,7 +24,7 @@ ChunkLoss = Callable[[Tensor, slice], Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Head:
-    """The output projection: V×E weight and optional V bias, both float32 parameters."""
+    """The output projection: V×E weight and optional V bias; float32 parameters unless frozen."""
 
     weight: torch.nn.Parameter
     bias: torch.nn.Parameter | None
@@ -42,12 +42,14 @@ class Scores:
 
 
 def score_and_backward(head: Head, hidden_NE: Tensor, batch: MicroBatch, loss: ChunkLoss) -> tuple[Scores, Tensor]:
-    """Score the micro-batch's tokens, add the loss's gradient to the head's `.grad`, and return that of `hidden_NE`."""
+    """Score the micro-batch's tokens, add the loss's gradient to the head's `.grad`, and return that of `hidden_NE`.
+
+    A frozen head gets no gradient, and the time for it is saved.
+    """
     hidden_grad_NE = torch.zeros_like(hidden_NE, dtype=torch.float32)
-    if head.weight.grad is None:
-        head.weight.grad = torch.zeros_like(head.weight)
-    if head.bias is not None and head.bias.grad is None:
-        head.bias.grad = torch.zeros_like(head.bias)
+    for parameter in (head.weight, head.bias):
+        if parameter is not None and parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     weight_VE = head.weight.detach().to(head.dtype)
     logp_T, entropy_T = torch.empty_like(batch.behaviour_T), torch.empty_like(batch.behaviour_T)
     for scored, sampled in _chunks(batch, len(weight_VE)):
@@ -72,10 +74,11 @@ def score_and_backward(head: Head, hidden_NE: Tensor, batch: MicroBatch, loss: C
         slope_CV[torch.arange(len(target), device=target.device), target.squeeze(1)] += slope_C1.squeeze(1)
         grad_CV = slope_CV.to(head.dtype)
         hidden_grad_NE.index_add_(0, predictor, (grad_CV @ weight_VE).float())
-        if head.dtype == torch.float32:
-            head.weight.grad.addmm_(grad_CV.T, hidden_CE)
-        else:
-            head.weight.grad += grad_CV.T @ hidden_CE
+        if head.weight.grad is not None:
+            if head.dtype == torch.float32:
+                head.weight.grad.addmm_(grad_CV.T, hidden_CE)
+            else:
+                head.weight.grad += grad_CV.T @ hidden_CE
         if head.bias is not None and head.bias.grad is not None:
             head.bias.grad += grad_CV.sum(dim=0)
     return Scores(logp_T, entropy_T), hidden_grad_NE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from transformers.utils.logging import disable_progress_bar
 from learner.trainer.attention import ATTENTION, AttentionPlan, plan_attention, register
 from learner.trainer.costs import ModelShape
 from learner.trainer.head import Head
+from learner.trainer.lora import Adapter
 from learner.trainer.trie import build_trie
-from matpo.config import Learner
+from matpo.config import Learner, Lora
 from matpo.errors import UserError
 
 PROBE_TOLERANCE = 1e-3
@@ -31,7 +33,9 @@ class Policy:
     body: torch.nn.Module
     head: Head
     parameters: dict[str, torch.nn.Parameter]
-    """Hugging Face name → parameter; tied ones appear once, under the input embedding's name."""
+    """Those that are trained, by the name they travel under: Hugging Face's, where tied ones appear once, under the
+    input embedding's; of an adapter PEFT's."""
+    adapter: Adapter | None
     dtype: torch.dtype
     device: torch.device
     shape: ModelShape
@@ -41,8 +45,13 @@ class Policy:
         """Token ids the model knows."""
         return self.head.weight.shape[0]
 
+    @property
+    def published(self) -> Mapping[str, Tensor]:
+        """What travels to the engines, by name."""
+        return self.parameters if self.adapter is None else self.adapter.published
+
     @classmethod
-    def load(cls, folder: Path, learner: Learner) -> Policy:
+    def load(cls, folder: Path, learner: Learner, lora: Lora | None = None, *, seed: int = 0) -> Policy:
         """Read a Hugging Face folder. Raises `UserError` for one that cannot be read or cannot run over a trie."""
         register()
         disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it bare
@@ -53,11 +62,14 @@ class Policy:
                 f"model {str(folder)!r} cannot be loaded: {str(error).splitlines()[0]};"
                 " give the folder of a Hugging Face causal model"
             ) from error
-        return cls.of(model, learner)
+        return cls.of(model, learner, lora, seed=seed)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, learner: Learner) -> Policy:
-        """Prepare a model already in memory; its weights become the float32 master weights."""
+    def of(cls, model: PreTrainedModel, learner: Learner, lora: Lora | None = None, *, seed: int = 0) -> Policy:
+        """Prepare a model already in memory; its weights become the float32 master weights.
+
+        With `lora` they are frozen, and the adapter, drawn from `seed`, is trained instead.
+        """
         register()
         device = torch.device(learner.device)
         # Dropout would make π depend on the draw; evaluation mode switches it off and keeps gradients.
@@ -66,18 +78,22 @@ class Policy:
         projection = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it bare
         if not isinstance(projection, torch.nn.Linear):
             raise UserError(f"model {type(model).__name__} has no linear output projection; it cannot be trained")
+        adapter = None if lora is None else Adapter.attach(model, lora, seed=seed)
         dtype = torch.bfloat16 if learner.dtype == "bfloat16" else torch.float32
         weight, bias = projection.weight, projection.bias
         policy = cls(
             model=model,
             body=model.base_model,
             head=Head(weight, bias, dtype),  # type: ignore[arg-type]  # Linear declares Tensor, holds Parameters
-            parameters=dict(model.named_parameters()),
+            parameters=dict(model.named_parameters()) if adapter is None else adapter.parameters,
+            adapter=adapter,
             dtype=dtype,
             device=device,
             shape=shape_of(model, projection),
         )
         policy._probe()
+        if adapter is not None:
+            adapter.narrow(dtype)
         return policy
 
     def hidden(self, tokens_N: Tensor, positions_N: Tensor, plan: AttentionPlan) -> Tensor:

@@ -28,7 +28,8 @@ from protocols.weights import (
     write_keyframe,
 )
 
-Parameters = Mapping[str, torch.nn.Parameter]
+Parameters = Mapping[str, torch.Tensor]
+"""Name → tensor. Each is asked for once and let go of before the next, so that a mapping may compute it when asked."""
 
 
 def to_weights(parameters: Parameters, dtype: WeightDtype) -> dict[str, Tensor]:
@@ -41,7 +42,7 @@ def parameters_digest(parameters: Parameters, dtype: WeightDtype) -> str:
     return combined_digest(tensor_identity(name, _to_tensor(value, dtype)) for name, value in parameters.items())
 
 
-def _to_tensor(parameter: torch.nn.Parameter, dtype: WeightDtype) -> Tensor:
+def _to_tensor(parameter: torch.Tensor, dtype: WeightDtype) -> Tensor:
     return Tensor(dtype, _rounded(parameter.detach().reshape(-1), dtype).reshape(parameter.shape))
 
 
@@ -156,9 +157,14 @@ class Publisher:
                 self._moving_slowly = False
 
     def _fresh(self, weights: Weights, parameters: Parameters) -> Iterator[tuple[Part, list[Bits]]]:
+        held, flat = "", torch.empty(0)
         for part in cut(weights, self._part_elements):
-            flat = (parameters[name].detach().reshape(-1)[start:stop] for name, start, stop in part)
-            yield part, [bits(Tensor(self._dtype, _rounded(values, self._dtype))) for values in flat]
+            fresh: list[Bits] = []
+            for name, start, stop in part:
+                if name != held:
+                    held, flat = name, parameters[name].detach().reshape(-1)
+                fresh.append(bits(Tensor(self._dtype, _rounded(flat[start:stop], self._dtype))))
+            yield part, fresh
 
     def _held(self, version: int, weights: Weights) -> _Held:
         known = tuple(identities(weights, self._threads))

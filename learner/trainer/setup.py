@@ -26,7 +26,7 @@ class Training:
         """Load the configured model. The same config gives the same weights, bit for bit, on one kind of machine."""
         make_deterministic(threads=config.learner.threads, seed=config.run.seed)
         _check_device(config.learner.device)
-        policy = Policy.load(model_folder(config.model), config.learner)
+        policy = Policy.load(model_folder(config.model), config.learner, config.model.lora, seed=config.run.seed)
         return cls(policy, make_optimizer(policy, config.learner))
 
 

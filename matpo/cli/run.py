@@ -20,7 +20,7 @@ from matpo.datasets.load import load_tasks
 from matpo.errors import UserError, first_error
 from matpo.folder import RunFolder
 from matpo.load import load_config
-from matpo.model_files import require_model_files, require_trainable
+from matpo.model_files import require_model_files
 from protocols.keys import BadKeys, HubKeys
 from protocols.refusals import ChannelError, check_listen
 
@@ -57,7 +57,6 @@ def run(config_path: Path, overrides: Sequence[str], *, resume: Path | None, dry
 def check(config: Config) -> None:
     """Find what is wrong before any process starts: model files, datasets, the address to listen on and its keys."""
     require_model_files(config.model)
-    require_trainable(config.model)
     for dataset in (config.data.train, config.data.evaluation):
         load_tasks(dataset, seed=config.run.seed)
     try:

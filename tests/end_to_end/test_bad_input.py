@@ -206,14 +206,6 @@ CHEAP = {
         ["matpo", "eval", CONFIG, *SMALL, "--model", "<dir>/none"],
         ["model.path '<dir>/none'", "config.json", "models/quickstart"],
     ),
-    "training of an adapter": (
-        ["matpo", "run", CONFIG, *SMALL, "model.lora.rank=4"],
-        ["model.lora", "cannot be trained yet", "--adapter", "remove model.lora"],
-    ),
-    "learner of an adapter": (
-        ["matpo-learner", CONFIG, "run.dir=<dir>/runs", "model.lora.rank=4"],
-        ["model.lora", "cannot be trained yet"],
-    ),
     "adapter without model.lora": (
         ["matpo", "eval", CONFIG, *SMALL, "--adapter", "<dir>/none"],
         ["--adapter '<dir>/none'", "model.lora"],

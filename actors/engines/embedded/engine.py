@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -21,10 +22,11 @@ import torch
 
 from actors.engines.embedded.architecture import Architecture, read_architecture, read_end_tokens
 from actors.engines.embedded.batch import Request
-from actors.engines.embedded.merge import Adapted
 from actors.engines.embedded.parameters import Parameters, load_parameters
 from actors.engines.embedded.worker import Abandon, Stop, Submit, Swap, Worker, reason_of
 from actors.engines.engine import EngineFailure, EngineHealth, Generation, LoadReport, check_prompt
+from actors.engines.folder import read_model_weights
+from matpo.adapters import merged, targeted
 from matpo.config import EmbeddedEngine as Settings
 from matpo.config import Lora, Sampling
 from matpo.errors import UserError
@@ -42,9 +44,16 @@ SWAP_DEADLINE_S = 60.0
 class EmbeddedEngine:
     """Implements `actors.engines.engine.Engine` for one Llama, Qwen2 or Qwen3 model on this machine."""
 
-    def __init__(self, architecture: Architecture, settings: Settings, worker: Worker, adapted: Adapted | None) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        settings: Settings,
+        worker: Worker,
+        merge: Callable[[Weights], Weights] | None = None,
+    ) -> None:
+        """`merge` turns what is loaded, an adapter, into whole weights."""
         self._architecture = architecture
-        self._adapted = adapted
+        self._merge = merge
         self._settings = settings
         self._worker = worker
         self._version = -1
@@ -63,14 +72,14 @@ class EmbeddedEngine:
         """
         architecture = read_architecture(folder, context=settings.max_context_tokens)
         ends = read_end_tokens(folder, architecture)
-        adapted = None if lora is None else Adapted.of(folder, lora)
+        merge = None if lora is None else _merging(folder, lora)
         torch.set_num_threads(settings.threads)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         worker = _worker(architecture, settings, ends=ends, seed=seed)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(anyio.to_thread.run_sync, worker.run, name="embedded engine")
             try:
-                yield cls(architecture, settings, worker, adapted)
+                yield cls(architecture, settings, worker, merge)
             finally:
                 worker.mail.put(Stop())
 
@@ -148,10 +157,17 @@ class EmbeddedEngine:
 
     def _build(self, weights: Weights) -> Parameters:
         device, dtype = torch.device(self._settings.device), TORCH_TYPES[self._settings.dtype]
-        whole = weights if self._adapted is None else self._adapted.merged(weights)
+        whole = weights if self._merge is None else self._merge(weights)
         parameters = load_parameters(self._architecture, whole, device=device, dtype=dtype)
         # An adapter cannot be read back out of the sum: its digest is that of what was received.
-        return parameters if self._adapted is None else replace(parameters, digest=weights_digest(weights))
+        return parameters if self._merge is None else replace(parameters, digest=weights_digest(weights))
+
+
+def _merging(folder: Path, lora: Lora) -> Callable[[Weights], Weights]:
+    """Adds an adapter into a copy of the folder's weights. Raises `UserError` where the model lacks the projections."""
+    base = read_model_weights(folder)
+    targeted({name: tensor.data.shape for name, tensor in base.items()}, lora)
+    return partial(merged, base, lora=lora)
 
 
 def _worker(architecture: Architecture, settings: Settings, *, ends: tuple[int, ...], seed: int) -> Worker:

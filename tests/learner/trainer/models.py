@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -59,7 +60,7 @@ def sample(tokens: Sequence[int], sampled: Sequence[int], *, seed: int = 0, role
 
 
 def reference_gradient(
-    model: PreTrainedModel, samples: Sequence[Sample], objective: Objective
+    model: PreTrainedModel | PeftModel, samples: Sequence[Sample], objective: Objective
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the same weighted sum with the model's own eager forward pass, one sequence at a time."""
     for parameter in model.parameters():

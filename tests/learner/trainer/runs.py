@@ -43,12 +43,18 @@ from tests.matpo.trees import trajectory, tree
 GROUPS, SIZE = 2, 3
 
 
-def make_run(path: Path, *, steps: int = 4, learner: dict[str, JsonValue] | None = None) -> tuple[RunFolder, Config]:
+def make_run(
+    path: Path,
+    *,
+    steps: int = 4,
+    learner: dict[str, JsonValue] | None = None,
+    model: dict[str, JsonValue] | None = None,
+) -> tuple[RunFolder, Config]:
     """A new run folder: config.json, a tiny Qwen3 model and a journal with enough groups for every step."""
     tiny_model("qwen3").save_pretrained(path / "model")
     content = {
         "run": {"steps": steps},
-        "model": {"path": str(path / "model")},
+        "model": {"path": str(path / "model")} | (model or {}),
         "data": {name: {"kind": "world"} for name in ("train", "evaluation")},
         "episode": {"roles": {"planner": {"system": "plan", "delegates": ["worker"]}, "worker": {"system": "work"}}},
         "learner": {"groups_per_step": GROUPS, "group_size": SIZE, "lr": 1e-2, "checkpoint_every_steps": 2}
