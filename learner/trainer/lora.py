@@ -17,7 +17,7 @@ from matpo.adapters import PEFT_PREFIX, adapter_shapes, factor_names, targeted
 from matpo.config import Lora
 from matpo.errors import UserError
 
-NAME = "default"
+NAME = "matpo"
 """peft's name of the one adapter a model has."""
 
 
@@ -37,21 +37,31 @@ class Adapter:
         """Put the adapter into a float32 model and freeze the rest. B starts at 0, so nothing changes; A is drawn from
         `seed` alone. Raises `UserError` for projections the model does not have as linear layers.
         """
-        base = dict(model.named_parameters())
-        shapes = adapter_shapes({name: tuple(p.shape) for name, p in base.items()}, lora)
+        shapes = adapter_shapes({name: tuple(p.shape) for name, p in model.named_parameters()}, lora)
         wanted = LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules), task_type="CAUSAL_LM"
         )
         with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, wherever the model is
             torch.manual_seed(seed)
             inject_adapter_in_model(wanted, model, adapter_name=NAME)
-        found = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        parameters = {_on_the_wire(name): p for name, p in found.items()}
-        if {name: tuple(p.shape) for name, p in parameters.items()} != shapes:
+        adapter = cls.of(model, lora)
+        if {name: tuple(p.shape) for name, p in adapter.parameters.items()} != shapes:
             raise UserError(
                 f"model {type(model).__name__} does not hold {list(lora.target_modules)} as linear layers;"
                 " change model.lora.target_modules or remove model.lora"
             )
+        return adapter
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, lora: Lora) -> Self:
+        """The adapter a model has already."""
+        parameters: dict[str, torch.nn.Parameter] = {}
+        base: dict[str, torch.nn.Parameter] = {}
+        for name, parameter in model.named_parameters():
+            if f".{NAME}." in name:
+                parameters[PEFT_PREFIX + name.replace(f".{NAME}.", ".")] = parameter
+            else:
+                base[name.replace(".base_layer.", ".")] = parameter
         return cls(lora, model, parameters, base)
 
     def narrow(self, dtype: torch.dtype) -> None:
@@ -77,17 +87,17 @@ class Adapter:
     @property
     def published(self) -> Mapping[str, Tensor]:
         """What travels to the engines, by name."""
-        return self.parameters if self.lora.publish == "adapter" else Merged(self)
+        return self.parameters if self.lora.publish == "adapter" else Merged(self.base, self.parameters, self.lora)
 
 
 class Merged(Mapping[str, Tensor]):
     """All weights with the adapter added in; the changed ones are computed each time they are asked for."""
 
-    def __init__(self, adapter: Adapter) -> None:
-        self._base = adapter.base
-        self._factors = adapter.parameters
-        self._scale = adapter.lora.alpha / adapter.lora.rank
-        self._changed = frozenset(targeted({name: tuple(p.shape) for name, p in self._base.items()}, adapter.lora))
+    def __init__(self, base: Mapping[str, Tensor], factors: Mapping[str, Tensor], lora: Lora) -> None:
+        self._base = base
+        self._factors = factors
+        self._scale = lora.alpha / lora.rank
+        self._changed = frozenset(targeted({name: tuple(tensor.shape) for name, tensor in base.items()}, lora))
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self._base[name].detach()
@@ -101,8 +111,3 @@ class Merged(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._base)
-
-
-def _on_the_wire(name: str) -> str:
-    """model.….q_proj.lora_A.default.weight → base_model.model.model.….q_proj.lora_A.weight."""
-    return PEFT_PREFIX + name.replace(f".{NAME}.", ".")

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from learner.hub.batches import split_frames
 from learner.hub.journal import Journal, integer, text
-from learner.trainer.publish import to_weights
+from learner.trainer.lora import Adapter
+from learner.trainer.publish import Parameters, to_weights
+from matpo.adapters import TENSOR_FILE
 from matpo.folder import RunFolder
 from matpo.load import load_config
 from protocols.codec import decode_tree
@@ -52,8 +55,8 @@ def audit(run: Path) -> Audit:
     _check_stamps(trees, published)
     differences = [np.zeros(int(part.sampled.sum()), dtype=np.float32) for part in parts]
     for version in seen:
-        model = _model_of(folder, step_of(version))
-        held = weights_digest(to_weights(dict(model.named_parameters()), "float32"))
+        model, weights = _model_of(folder, step_of(version))
+        held = weights_digest(to_weights(weights, "float32"))
         assert held == published[version], f"version {version} was published with other weights than its checkpoint's"
         for part, into in zip(parts, differences, strict=True):
             _compare(model, part, version, into)
@@ -76,10 +79,21 @@ def _check_stamps(trees: list[EpisodeTree], published: dict[int, str]) -> None:
         assert stamps.items() <= published.items(), f"tree {tree.tree_id} was sampled with unknown weights {stamps}"
 
 
-def _model_of(folder: RunFolder, step: int) -> PreTrainedModel:
-    path = folder.checkpoints / f"step-{step:06d}" if step else load_config(folder.config).model.path
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-    return model
+def _model_of(folder: RunFolder, step: int) -> tuple[PreTrainedModel, Parameters]:
+    """The model a step led to, and what was published of it."""
+    config = load_config(folder.config)
+    path = folder.checkpoints / f"step-{step:06d}"
+    lora = config.model.lora
+    source = path if step and lora is None else config.model.path
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True)
+    if lora is None:
+        return model, dict(model.named_parameters())
+    adapter = Adapter.attach(model, lora, seed=config.run.seed)
+    if step:
+        with torch.no_grad():
+            for name, tensor in load_file(path / TENSOR_FILE).items():
+                adapter.parameters[name].copy_(tensor)
+    return model, adapter.published
 
 
 def _compare(model: PreTrainedModel, part: Trajectory, version: int, into: Floats) -> None:
