@@ -39,7 +39,10 @@ class Adapter:
         """
         shapes = adapter_shapes({name: tuple(p.shape) for name, p in model.named_parameters()}, lora)
         wanted = LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules), task_type="CAUSAL_LM"
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only divides it
+            target_modules=list(lora.target_modules),
+            task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, wherever the model is
             torch.manual_seed(seed)
