@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from learner.hub.journal import Journal, JournalUnreadable, maybe_integer, real
+from learner.hub.figures import read_figures
+from learner.hub.journal import Journal, JournalUnreadable
 from learner.hub.ledger import Check, Ledger, checks, read_ledger
 from matpo.config import Config
 from matpo.errors import UserError, run_command
@@ -78,7 +79,7 @@ def examine(folder: RunFolder, *, now: float) -> Report:
         with Journal.open_read_only(folder.journal) as journal, journal.snapshot():
             ledger, sums = read_ledger(journal), tuple(checks(journal))
             step = journal.number("SELECT MAX(step) FROM steps WHERE undone = 0")
-            mean, worst = journal.rows("SELECT AVG(staleness), MAX(staleness) FROM trees")[0]
+            consumed = read_figures(journal, first=1, last=step)
     except JournalUnreadable as error:
         raise UserError(str(error)) from error
     address, (status, actors) = folder.hub_address(), last_lines(folder)
@@ -99,8 +100,8 @@ def examine(folder: RunFolder, *, now: float) -> Report:
         adds_up=all(check.holds for check in sums),
         waits=waits,
         stalls=sum(wait.since_s > wait.limit_s for wait in waits),
-        staleness_mean=None if mean is None else real(mean),
-        staleness_max=maybe_integer(worst),
+        staleness_mean=consumed.staleness_mean,
+        staleness_max=consumed.staleness_max,
         refused={} if status is None else status.refused,
         tools=tuple(figures for figures in together(actors) if figures.calls),
         forecast=expected(config),

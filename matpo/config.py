@@ -180,6 +180,9 @@ class Hub(Section):
     key_dir: Path | None = None
     """CURVE keys (`matpo keys new`); required to listen beyond this machine."""
     keyframe_every_steps: int = Field(default=20, ge=1)
+    keep_trained: Literal["all", "archive", "drop"] = "all"
+    """What becomes of episodes that every kept checkpoint contains: they stay in the journal, move to
+    RUN/archive.sqlite, or go; with the last two the journal stops growing (and `drop` leaves nothing to replay)."""
 
 
 class Freshness(Section):
@@ -316,6 +319,11 @@ class Config(Section):
         if self.hub.min_group > self.learner.group_size:
             raise ValueError(
                 f"hub.min_group ({self.hub.min_group}) must be at most learner.group_size ({self.learner.group_size})"
+            )
+        if self.hub.keep_trained != "all" and self.learner.keep_checkpoints < 2:
+            raise ValueError(
+                f"hub.keep_trained = {self.hub.keep_trained!r} needs a checkpoint to fall back to; set"
+                " learner.keep_checkpoints to 2 or more"
             )
         unknown = sorted(set(self.learner.role_factors) - set(self.episode.roles))
         if unknown:

@@ -69,6 +69,16 @@ class RunFolder:
         return self.path / "journal.sqlite"
 
     @property
+    def archive(self) -> Path:
+        """What left the journal under `hub.keep_trained = "archive"`; may be moved elsewhere or deleted."""
+        return self.path / "archive.sqlite"
+
+    @property
+    def consumed(self) -> Path:
+        """The trainer's own record of what it trained on."""
+        return self.path / "consumed.jsonl"
+
+    @property
     def hub(self) -> Path:
         return self.path / "hub.json"
 

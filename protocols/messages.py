@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter
 
 from protocols.records import Record, Task
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised whenever a message or the tree encoding changes; peers with another number are refused."""
 
 CHUNK_BYTES = 4 * 2**20
@@ -252,6 +252,8 @@ class BatchRequest(Record):
     kind: Literal["batch_request"] = "batch_request"
     step: Count
     """The step about to be taken, counting from 1."""
+    settled: Count = 0
+    """The oldest checkpoint kept: what was trained up to this step never becomes pending again."""
 
 
 class NotYet(Record):

@@ -81,6 +81,7 @@ async def serve(config: Config, folder: RunFolder) -> int:
             journal,
             run=folder.path.name,
             weights=folder.weights,
+            archive=folder.archive,
             tokenizer=tokenizer_digest(config.model),
             train=train,
             evaluation=evaluation,

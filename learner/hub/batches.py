@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import orjson
 
+from learner.hub.figures import Consumed, sum_up
 from learner.hub.journal import Journal, Row, integer, maybe_integer, text
 from learner.hub.leases import GROUP_TOO_SMALL, Leases
+from learner.hub.settled import read_settled
 from matpo.freshness import distance
 from protocols.messages import StepDone
 from protocols.records import version_of
@@ -59,6 +61,12 @@ class Batches:
         if step > last:
             raise OutOfStep(
                 f"the trainer is at step {step} but the ledger ends at {last}; resume from an earlier checkpoint"
+            )
+        settled = read_settled(self._journal).upto_step
+        if step < settled:
+            raise OutOfStep(
+                f"the trainer is at step {step} but what was trained up to step {settled} has left the journal"
+                f" (hub.keep_trained); put a sound checkpoint of step {settled} or later back, or start a new run"
             )
         if lineage is not None and self._is_unused(lineage, step):
             return lineage
@@ -115,18 +123,23 @@ class Batches:
                 f"step {message.step} was reported with {len(reasons)} trees, not the {len(trees)} of its batch"
             )
         current = version_of(lineage=lineage, step=message.step - 1)
-        for tree_id, oldest in trees.items():
+        ages = {
+            tree: None if oldest is None else distance(version=oldest, current=current)
+            for tree, oldest in trees.items()
+        }
+        figures = sum_up(self._consumed(groups, ages))
+        for tree_id, staleness in ages.items():
             reason = reasons[tree_id]
-            staleness = None if oldest is None else distance(version=oldest, current=current)
             self._journal.execute(
                 "UPDATE trees SET state = ?, reason = ?, step = ?, staleness = ? WHERE tree_id = ?",
                 ("trained" if reason is None else "filtered", reason, message.step, staleness, tree_id),
             )
         for group in groups:
             self._leases.finish_group(group, "trained", reason=None, step=message.step)
+        counts = (len(message.trained), len(message.filtered))
         self._journal.execute(
-            "INSERT INTO steps VALUES (?, ?, ?, ?, 0, ?)",
-            (lineage, message.step, len(message.trained), len(message.filtered), at),
+            "INSERT INTO steps VALUES (?, ?, ?, ?, 0, ?, ?)",
+            (lineage, message.step, *counts, figures.model_dump_json(), at),
         )
 
     def complete_groups(self) -> int:
@@ -170,6 +183,13 @@ class Batches:
                 "SELECT tree_id, oldest_version FROM trees WHERE group_seq = ? AND state = 'pending'", (group,)
             )
         }
+
+    def _consumed(self, groups: Sequence[int], ages: Mapping[str, int | None]) -> Iterator[Consumed]:
+        """The pending trees of these groups, with the staleness they are trained at."""
+        for group in groups:
+            query = "SELECT tree_id, rewards FROM trees WHERE group_seq = ? AND state = 'pending'"
+            for tree_id, rewards in self._journal.rows(query, (group,)):
+                yield Consumed(group, orjson.loads(text(rewards)), ages[text(tree_id)])
 
     def _undo_after(self, step: int) -> None:
         """Return every tree and group that a step after `step` trained or filtered; planned batches stay planned."""

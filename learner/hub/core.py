@@ -7,7 +7,7 @@ returns: nothing is promised to anybody before it is on disk.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -19,8 +19,8 @@ from learner.hub.grants import Granter
 from learner.hub.journal import Journal
 from learner.hub.leases import GroupRules, Leases
 from learner.hub.roster import Roster
+from learner.hub.settled import Settler, is_settled
 from learner.hub.tasks import TaskCursor
-from learner.hub.waits import Condition
 from learner.hub.weights import Swap, WeightStore
 from matpo.config import Config
 from protocols.channel import Frame, Received
@@ -93,13 +93,16 @@ class Hub:
         *,
         run: str,
         weights: Path,
+        archive: Path,
         tokenizer: str,
         train: Sequence[Task],
         evaluation: Sequence[Task],
         now_s: float,
     ) -> None:
-        """`weights` is the folder of weight files, `tokenizer` the digest actors must show, `now_s` monotonic."""
-        self._config = config
+        """`weights` is the folder of weight files, `archive` the file for what leaves the journal, `tokenizer` the
+        digest actors must show, `now_s` monotonic."""
+        self.config = config
+        self._journal = journal
         self._admission = Admission(config, run, tokenizer)
         rules = GroupRules(
             group_size=config.learner.group_size,
@@ -123,6 +126,8 @@ class Hub:
             weights=self.weights,
             cursor=TaskCursor(train, config.run.seed),
         )
+        keep = config.hub.keep_trained
+        self.settler = None if keep == "all" else Settler(journal, archive=archive if keep == "archive" else None)
         self.roster = Roster(silence_limit_s=SILENT_HEARTBEATS * config.hub.heartbeat_s)
         self.refused: Counter[str] = Counter()
         """Messages refused here, by reason."""
@@ -131,8 +136,10 @@ class Hub:
         self.swaps: list[Swap] = []
         """Weights that engines took since this list was emptied."""
         self._outgoing: list[Outgoing] = []
-        self._asker: Asker | None = None
-        self._training: int | None = None
+        self.asker: Asker | None = None
+        """The trainer, while it waits for a batch."""
+        self.training: int | None = None
+        """The step whose batch the trainer has, until it reports the step."""
 
     def take_outgoing(self) -> list[Outgoing]:
         """What to send now that the transaction is on disk."""
@@ -142,7 +149,7 @@ class Hub:
     @property
     def complete(self) -> bool:
         """Whether every step is trained, its weights published and the last evaluation in."""
-        latest, steps = self.weights.latest, self._config.run.steps
+        latest, steps = self.weights.latest, self.config.run.steps
         published = latest is not None and step_of(latest.version) >= steps
         same = latest is not None and lineage_of(latest.version) == self.batches.lineage
         return published and same and self.batches.step >= steps and self.evaluator.all_finished()
@@ -178,6 +185,8 @@ class Hub:
             for actor, lease in self.granter.give(self.roster.live(now_s), now_s=now_s, at=at):
                 self._send("actors", actor.peer, lease)
         self._answer_asker(now_s)
+        if self.settler is not None:
+            self.settler.settle_some()
         return self.evaluator.finish_played(at=at)
 
     def drain(self, reason: str) -> None:
@@ -189,25 +198,6 @@ class Hub:
             self._send("actors", actor.peer, Drain(reason=reason))
         for puller in self.roster.pullers:
             self._send("actors", puller, Drain(reason=reason))
-
-    def conditions(self, now_s: float) -> Iterator[Condition]:
-        """What is being waited for at this moment."""
-        patience_s = 60.0
-        if self.weights.latest is None:
-            remedy = "the trainer loads its model; if this lasts, see logs/trainer.jsonl and logs/learner.out"
-            yield Condition("hub", "the first weights", patience_s, remedy)
-        if not self.roster.live(now_s) and self.draining is None:
-            yield Condition("hub", "an actor", patience_s, "start matpo-actor with --hub and the address in hub.json")
-        for actor in self.roster.silent(now_s):
-            remedy = f"see logs/{actor.actor_id}.jsonl; its leases are handed out again after hub.lease_s"
-            yield Condition("hub", f"a heartbeat of {actor.actor_id}", self._config.hub.lease_s, remedy)
-        if self._asker is not None:
-            have, need = self.batches.complete_groups(), self._config.learner.groups_per_step
-            remedy = f"{have} of {need} groups are complete; start more actors or raise freshness.eta"
-            yield Condition("trainer", f"the batch of step {self._asker.step}", patience_s, remedy)
-        elif self._training is not None:
-            remedy = "the trainer computes; if this lasts, see logs/trainer.jsonl or lower learner.micro_batch_tokens"
-            yield Condition("hub", f"step {self._training} of the trainer", 300.0, remedy)
 
     def _handle_actor(
         self,
@@ -264,7 +254,7 @@ class Hub:
             self.roster.hello(peer, hello, self.leases.live(hello.actor_id), now_s)
         else:
             self.roster.pullers.add(peer)
-        self._send("actors", peer, Welcome(run=self._admission.run, heartbeat_s=self._config.hub.heartbeat_s))
+        self._send("actors", peer, Welcome(run=self._admission.run, heartbeat_s=self.config.hub.heartbeat_s))
         if isinstance(hello, Hello):
             self._announce(peer)
 
@@ -286,6 +276,9 @@ class Hub:
         if unknown:
             detail = f"tree holds tokens of weights {unknown} with a digest this run never published"
             self._refuse("actors", peer, "unknown_weights", detail, tree_id)
+        elif is_settled(self._journal, header):
+            self._journal.count_up("late")
+            self._send("actors", peer, Ack(tree_id=tree_id))
         elif not self.leases.knows(header):
             detail = f"lease {header.lease_id!r} of group {header.group_id!r} was not given out in this run"
             self._refuse("actors", peer, "unknown_lease", detail, tree_id)
@@ -316,11 +309,15 @@ class Hub:
             match message:
                 case TrainerHello():
                     self._welcome_trainer(peer, message, at=at)
-                case BatchRequest(step=step):
-                    self._asker = Asker(peer, step, now_s)
+                case BatchRequest(step=step, settled=settled):
+                    if settled >= step:
+                        raise OutOfStep(f"a batch was asked for step {step} with a checkpoint of step {settled}")
+                    if self.settler is not None:
+                        self.settler.allow(settled)
+                    self.asker = Asker(peer, step, now_s)
                 case StepDone():
                     self.batches.done(message, at=at)
-                    self._training = None
+                    self.training = None
                     self._send("trainer", peer, Ok())
                 case Publish():
                     self._publish(peer, message, at=at)
@@ -328,7 +325,7 @@ class Hub:
             self._refuse("trainer", peer, "unexpected", str(error))
 
     def _welcome_trainer(self, peer: bytes, hello: TrainerHello, *, at: float) -> None:
-        expected = self._config.shared_digest
+        expected = self.config.shared_digest
         if hello.protocol != PROTOCOL:
             detail = f"trainer speaks protocol {hello.protocol}, this hub {PROTOCOL}; stop what is left of an old run"
             self._refuse("trainer", peer, "wrong_protocol", detail)
@@ -336,7 +333,7 @@ class Hub:
             detail = f"trainer has config {hello.config_digest}, this run {expected}; start both from RUN/config.json"
             self._refuse("trainer", peer, "wrong_config", detail)
         else:
-            self._asker, self._training = None, None
+            self.asker, self.training = None, None
             self._send("trainer", peer, TrainerWelcome(lineage=self.batches.begin_lineage(hello.step, at=at)))
 
     def _publish(self, peer: bytes, message: Publish, *, at: float) -> None:
@@ -353,13 +350,13 @@ class Hub:
 
     def _answer_asker(self, now_s: float) -> None:
         """Send the trainer its batch as soon as there is one, or tell it what is missing."""
-        asker = self._asker
+        asker = self.asker
         if asker is None:
             return
         try:
             groups = self.batches.plan(asker.step)
         except OutOfStep as error:
-            self._asker = None
+            self.asker = None
             self._refuse("trainer", asker.peer, "unexpected", str(error))
             return
         if groups is not None:
@@ -368,9 +365,9 @@ class Hub:
             self._outgoing.append(
                 Outgoing("trainer", asker.peer, message, tuple(frame for frames in trees for frame in frames))
             )
-            self._asker, self._training = None, asker.step
+            self.asker, self.training = None, asker.step
         elif now_s - asker.since_s >= BATCH_PATIENCE_S:
-            have, need = self.batches.complete_groups(), self._config.learner.groups_per_step
+            have, need = self.batches.complete_groups(), self.config.learner.groups_per_step
             wait = Wait(
                 who="trainer",
                 what=f"the batch of step {asker.step}",
@@ -379,7 +376,7 @@ class Hub:
                 remedy=f"{have} of {need} groups are complete; start more actors or raise freshness.eta",
             )
             self._send("trainer", asker.peer, NotYet(waits=(wait,)))
-            self._asker = None
+            self.asker = None
 
     def _send(self, side: Side, peer: bytes, message: HubMessage) -> None:
         self._outgoing.append(Outgoing(side, peer, message))

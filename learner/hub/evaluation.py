@@ -83,9 +83,13 @@ class Evaluator:
             "SELECT name FROM rounds WHERE finished_at IS NULL AND NOT EXISTS"
             " (SELECT 1 FROM groups WHERE round = name AND state = 'open') ORDER BY began_at"
         )
-        for (name,) in rows:
-            self._journal.execute("UPDATE rounds SET finished_at = ? WHERE name = ?", (at, name))
-        return [read_round(self._journal, text(name)) for (name,) in rows]
+        records = [read_round(self._journal, text(name)) for (name,) in rows]
+        for record in records:
+            self._journal.execute(
+                "UPDATE rounds SET finished_at = ?, figures = ? WHERE name = ?",
+                (at, record.model_dump_json(), record.name),
+            )
+        return records
 
     def all_finished(self) -> bool:
         """Whether nothing is left to evaluate, the last round included."""
@@ -105,15 +109,19 @@ class Evaluator:
         known = self._journal.row("SELECT 1 FROM rounds WHERE name = ?", (name,))
         if known is not None or not tasks:
             return
-        self._journal.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, NULL)", (name, label, step, len(tasks), at))
+        self._journal.execute(
+            "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, NULL, NULL)", (name, label, step, len(tasks), at)
+        )
         for task in tasks:
             self._leases.open_group(task, purpose="eval", round_name=name, episodes=1, at=at)
 
 
 def read_round(journal: Journal, name: str) -> EvaluationRecord:
-    """Sum up a round."""
-    row = journal.row("SELECT label, step, questions FROM rounds WHERE name = ?", (name,))
+    """Sum up a round; one that has finished was summed up then, and its trees may be gone."""
+    row = journal.row("SELECT label, step, questions, figures FROM rounds WHERE name = ?", (name,))
     assert row is not None, f"evaluation round {name!r} does not exist"
+    if row[3] is not None:
+        return EvaluationRecord.model_validate_json(text(row[3]))
     label = text(row[0])
     trees = journal.rows(
         "SELECT rewards, task, seconds, sampled_tokens, oldest_version, newest_version"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 SCHEMA: Final = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
@@ -51,11 +51,12 @@ CREATE TABLE leases (
     granted_at REAL NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX leases_live ON leases (actor_id) WHERE state = 'live';
+CREATE INDEX leases_by_group ON leases (group_seq);
 CREATE TABLE trees (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     tree_id TEXT NOT NULL UNIQUE,
     group_seq INTEGER NOT NULL REFERENCES groups (seq),
-    lease_id TEXT NOT NULL REFERENCES leases (lease_id),
+    lease_id TEXT NOT NULL,
     episode INTEGER NOT NULL,
     actor_id TEXT NOT NULL,
     state TEXT NOT NULL CHECK (state IN ('pending', 'trained', 'filtered', 'evaluation')),
@@ -87,6 +88,7 @@ CREATE TABLE steps (
     trained INTEGER NOT NULL,
     filtered INTEGER NOT NULL,
     undone INTEGER NOT NULL DEFAULT 0,
+    figures TEXT NOT NULL,
     done_at REAL NOT NULL,
     PRIMARY KEY (lineage, step)
 ) STRICT, WITHOUT ROWID;
@@ -104,9 +106,16 @@ CREATE TABLE rounds (
     step INTEGER NOT NULL,
     questions INTEGER NOT NULL,
     began_at REAL NOT NULL,
-    finished_at REAL
+    finished_at REAL,
+    figures TEXT,
+    CHECK ((finished_at IS NULL) = (figures IS NULL))
 ) STRICT, WITHOUT ROWID;
 """
+
+ARCHIVED: Final = {"groups": "seq", "leases": "lease_id", "trees": "seq", "frames": "tree_seq", "batches": "step"}
+"""Tables whose rows may leave for an archive, which has the same layout, and what identifies a row."""
+WAL_LIMIT_BYTES: Final = 64 * 2**20
+"""The write-ahead log is cut back to this after a larger transaction."""
 
 Value = str | int | float | bytes | None
 Row = tuple[Value, ...]
@@ -135,13 +144,18 @@ class Journal:
 
     @classmethod
     @contextmanager
-    def open_read_only(cls, path: Path) -> Iterator[Journal]:
-        """Look into the journal of a live or dead run without changing it. Raises `JournalUnreadable`."""
+    def open_read_only(cls, path: Path, archive: Path | None = None) -> Iterator[Journal]:
+        """Look into the journal of a live or dead run without changing it. Raises `JournalUnreadable`.
+
+        With `archive`, where that file exists, groups that left the journal for it are found as if they never had.
+        """
         if not path.is_file():
             raise JournalUnreadable(f"journal {str(path)!r} does not exist; give the folder of a run that has started")
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=10.0)
         try:
             _check_version(connection, path)
+            if archive is not None and archive.is_file():
+                _attach(connection, archive)
             yield cls(connection)
         finally:
             connection.close()
@@ -230,12 +244,29 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         # Acknowledged means on disk even if the machine loses power; one fsync serves all messages drained at once.
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version == 0:
             connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
     except sqlite3.DatabaseError as error:
         raise JournalUnreadable(f"journal {str(path)!r} cannot be opened: {error}; start a new run") from error
     _check_version(connection, path)
+
+
+def _attach(connection: sqlite3.Connection, archive: Path) -> None:
+    """Let the names of tables mean the rows of both files. Raises `JournalUnreadable`."""
+    try:
+        connection.execute("ATTACH DATABASE ? AS archive", (f"{archive.resolve().as_uri()}?mode=ro",))
+        for table, key in ARCHIVED.items():
+            connection.execute(
+                f"CREATE TEMP VIEW {table} AS SELECT * FROM main.{table} UNION ALL SELECT * FROM archive.{table}"
+                # What a killed hub had copied and not yet removed is in both.
+                f" WHERE {key} NOT IN (SELECT {key} FROM main.{table})"
+            )
+    except sqlite3.DatabaseError as error:
+        raise JournalUnreadable(
+            f"archive {str(archive)!r} cannot be read: {error}; move it away to do without it"
+        ) from error
 
 
 def _check_version(connection: sqlite3.Connection, path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 import orjson
 
 from learner.hub.journal import Journal, Value, integer, maybe_integer, text
+from learner.hub.settled import opened_groups
 from protocols.codec import Frame, TreeHeader
 from protocols.messages import Purpose
 from protocols.records import INFRASTRUCTURE, Task
@@ -92,7 +93,7 @@ class Leases:
 
     def open_group(self, task: Task, *, purpose: Purpose, round_name: str | None, episodes: int, at: float) -> int:
         """Start a group of `episodes` episodes of `task` (at Unix time `at`); returns its number."""
-        seq = self._journal.number("SELECT MAX(seq) FROM groups") + 1
+        seq = opened_groups(self._journal) + 1
         group_id = f"{round_name or 'train'}-{seq:06d}"
         self._journal.insert(
             "INSERT INTO groups (seq, group_id, purpose, round, task_id, task, state, opened_at)"
@@ -334,4 +335,5 @@ class Leases:
         sizes = orjson.dumps([memoryview(frame).nbytes for frame in frames]).decode()
         self._journal.insert("INSERT INTO frames VALUES (?, ?, ?)", (seq, sizes, b"".join(frames)))
         self._journal.count_up("trees")
+        self._journal.count_up("tokens", header.token_count)
         self._journal.count_up("sampled_tokens", header.sampled_count)

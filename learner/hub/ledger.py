@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from learner.hub.journal import Journal, integer, text
+from learner.hub.settled import read_settled
 from protocols.records import Record
 
 
@@ -30,6 +33,10 @@ class Ledger(Record):
     episodes_abandoned: int
     """Given up after hub.max_attempts leases."""
     leases_live: int
+    settled: int
+    """Trees that were moved to the archive or dropped (`hub.keep_trained`); the counts above include them."""
+    late: int
+    """Arrivals after their task was settled (sent again, or beyond G): acknowledged, not kept, counted only here."""
 
 
 class Check(Record):
@@ -46,15 +53,17 @@ class Check(Record):
 
 def read_ledger(journal: Journal) -> Ledger:
     """Count everything, in the caller's transaction or snapshot."""
-    trees = {text(s): integer(n) for s, n in journal.rows("SELECT state, COUNT(*) FROM trees GROUP BY state")}
-    reasons = journal.rows(
-        "SELECT reason, COUNT(*) FROM trees WHERE state = 'filtered' GROUP BY reason ORDER BY COUNT(*) DESC, reason"
+    gone = read_settled(journal)
+    trees = _counts(journal, "SELECT state, COUNT(*) FROM trees GROUP BY state", gone.trees)
+    reasons = _counts(
+        journal, "SELECT reason, COUNT(*) FROM trees WHERE state = 'filtered' GROUP BY reason", gone.filtered_by
     )
-    groups = _by_state(journal, "SELECT state, COUNT(*) FROM groups WHERE purpose = 'train' GROUP BY state")
-    episodes = _by_state(
+    groups = _counts(journal, "SELECT state, COUNT(*) FROM groups WHERE purpose = 'train' GROUP BY state", gone.tasks)
+    episodes = _counts(
         journal,
         "SELECT episodes.state, COUNT(*) FROM episodes JOIN groups ON seq = group_seq"
         " WHERE purpose = 'train' GROUP BY episodes.state",
+        gone.episodes,
     )
     return Ledger(
         trees=journal.counter("trees"),
@@ -62,7 +71,7 @@ def read_ledger(journal: Journal) -> Ledger:
         trained=trees.get("trained", 0),
         filtered=trees.get("filtered", 0),
         evaluation=trees.get("evaluation", 0),
-        filtered_by={text(reason): integer(count) for reason, count in reasons},
+        filtered_by=dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
         tasks=journal.counter("train_groups"),
         tasks_open=groups.get("open", 0),
         tasks_complete=groups.get("complete", 0),
@@ -72,13 +81,14 @@ def read_ledger(journal: Journal) -> Ledger:
         episodes_leased=episodes.get("leased", 0),
         episodes_abandoned=episodes.get("abandoned", 0),
         leases_live=journal.number("SELECT COUNT(*) FROM leases WHERE state = 'live'"),
+        settled=sum(gone.trees.values()),
+        late=journal.counter("late"),
     )
 
 
 def checks(journal: Journal) -> list[Check]:
     """Every sum of the ledger, left and right counted by different ways."""
-    count = journal.number
-    ledger = read_ledger(journal)
+    count, ledger, gone = journal.number, read_ledger(journal), read_settled(journal)
     filled = "SELECT COUNT(*) FROM episodes JOIN groups ON groups.seq = group_seq WHERE episodes.state = 'filled'"
     placed = f"SELECT COUNT(*) FROM ({filled.replace('COUNT(*)', 'tree_id')}) JOIN trees USING (tree_id)"
     return [
@@ -87,7 +97,9 @@ def checks(journal: Journal) -> list[Check]:
             ledger.trees,
             ledger.pending + ledger.trained + ledger.filtered + ledger.evaluation,
         ),
-        _check("trees acknowledged = trees with frames", ledger.trees, count("SELECT COUNT(*) FROM frames")),
+        _check(
+            "trees acknowledged = trees with frames", ledger.trees, gone.frames + count("SELECT COUNT(*) FROM frames")
+        ),
         _check(
             "tasks started = open + complete + trained + filtered",
             ledger.tasks,
@@ -96,13 +108,14 @@ def checks(journal: Journal) -> list[Check]:
         _check(
             "episodes admitted = waiting + leased + filled + abandoned",
             journal.counter("train_episodes") + journal.counter("eval_episodes"),
-            count("SELECT COUNT(*) FROM episodes"),
+            sum(gone.episodes.values()) + gone.evaluation_episodes + count("SELECT COUNT(*) FROM episodes"),
         ),
         _check("filled episodes = trees in their places", count(filled), count(placed)),
         _check(
             "pending and trained trees = trees in the place of an episode",
             ledger.pending + ledger.trained,
-            count(
+            gone.placed
+            + count(
                 "SELECT COUNT(*) FROM trees JOIN episodes USING (tree_id)"
                 " WHERE trees.state IN ('pending', 'trained') AND trees.group_seq = episodes.group_seq"
             ),
@@ -140,5 +153,7 @@ def _check(name: str, left: int, right: int) -> Check:
     return Check(name=name, left=left, right=right)
 
 
-def _by_state(journal: Journal, query: str) -> dict[str, int]:
-    return {text(state): integer(count) for state, count in journal.rows(query)}
+def _counts(journal: Journal, query: str, settled: Mapping[str, int]) -> dict[str, int]:
+    """How many by state or reason, those that left the journal included."""
+    found = {text(name): integer(count) for name, count in journal.rows(query)}
+    return {name: found.get(name, 0) + settled.get(name, 0) for name in (*found, *(settled.keys() - found.keys()))}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from learner.hub.conditions import conditions
 from learner.hub.core import Hub
-from learner.hub.journal import Journal, real
+from learner.hub.figures import read_figures
+from learner.hub.journal import Journal
 from learner.hub.ledger import Ledger, read_ledger
 from learner.hub.waits import WaitBook
 from protocols.messages import Wait
@@ -83,12 +85,9 @@ class StatusReporter:
         tokens_per_s = (tokens - self.last_tokens) / elapsed_s
         self.last_s, self.last_trees, self.last_tokens = now_s, ledger.trees, tokens
         actors = hub.roster.everyone()
-        own = self.waits.update(hub.conditions(now_s), now_s)
-        recent = journal.row(
-            "SELECT AVG(reward), AVG(staleness), MAX(staleness) FROM trees WHERE staleness IS NOT NULL AND step > ?",
-            (hub.batches.step - 2,),
-        )
-        reward, staleness, worst = recent if recent is not None else (None, None, None)
+        own = self.waits.update(conditions(hub, now_s), now_s)
+        recent = read_figures(journal, first=hub.batches.step - 1, last=hub.batches.step)
+        reward, staleness = recent.part_mean("total"), recent.staleness_mean
         current = journal.row("SELECT name FROM rounds WHERE finished_at IS NULL ORDER BY began_at LIMIT 1")
         left = journal.number("SELECT COUNT(*) FROM groups WHERE purpose = 'eval' AND state = 'open'")
         latest, lineage = hub.weights.latest, hub.batches.lineage
@@ -121,9 +120,9 @@ class StatusReporter:
             episodes_per_s=round(episodes_per_s, 3),
             sampled_tokens_per_s=round(tokens_per_s, 3),
             prefix_hit_rate=hub.roster.prefix_hit_rate,
-            reward_mean=None if reward is None else round(real(reward), 6),
-            staleness_mean=None if staleness is None else round(real(staleness), 6),
-            staleness_max=worst if isinstance(worst, int) else None,
+            reward_mean=None if reward is None else round(reward, 6),
+            staleness_mean=None if staleness is None else round(staleness, 6),
+            staleness_max=recent.staleness_max,
             weights_served_bytes=hub.weights.served_bytes,
             waits=(*own, *(wait for actor in hub.roster.live(now_s) for wait in actor.waits)),
             refused=self._refused(),

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
-from typing import Final
 
 import orjson
 from pydantic import JsonValue
 from tokenizers import Tokenizer
 
 from learner.hub.batches import split_frames
-from learner.hub.evaluation import EvaluationRecord, mean, read_round
+from learner.hub.evaluation import EvaluationRecord, read_round
+from learner.hub.figures import read_figures
 from learner.hub.journal import Journal, integer, real, text
 from learner.hub.ledger import Ledger, checks, read_ledger
 from learner.hub.weights import Swap
@@ -21,9 +20,6 @@ from matpo.folder import RunFolder
 from matpo.metrics import read_metrics
 from protocols.codec import decode_tree
 from protocols.records import EpisodeTree, Record, Trajectory
-
-CONSUMED: Final = "FROM trees WHERE staleness IS NOT NULL"
-"""Trees that were in a batch, those without an advantage (which the trainer filters) included."""
 
 
 class Change(Record):
@@ -138,11 +134,9 @@ def summarise(journal: Journal, folder: RunFolder, *, complete: bool) -> Summary
     before = rounds.get("before")
     after = rounds.get("after")
     last = journal.number("SELECT MAX(step) FROM steps WHERE undone = 0")
-    totals = journal.row("SELECT COUNT(*), SUM(tokens), SUM(sampled_tokens) FROM trees")
-    episodes, tokens, sampled = (integer(value or 0) for value in totals or (0, 0, 0))
+    episodes, tokens, sampled = (journal.counter(name) for name in ("trees", "tokens", "sampled_tokens"))
     duration_s = max(duration(journal), 1e-6)
-    age = journal.row(f"SELECT AVG(staleness), MAX(staleness) {CONSUMED}") or (None, None)
-    fail, full = extreme_groups(journal)
+    consumed = read_figures(journal, first=1, last=last)
     return Summary(
         run=folder.path.name,
         complete=complete,
@@ -157,16 +151,16 @@ def summarise(journal: Journal, folder: RunFolder, *, complete: bool) -> Summary
         evaluations=tuple(rounds.values()),
         sampled_before=sampled_steps(journal, 1, min(2, last)),
         sampled_after=sampled_steps(journal, max(1, last - 4), last),
-        all_fail_fraction=fail,
-        all_pass_fraction=full,
+        all_fail_fraction=_share(consumed.all_fail_groups, consumed.groups),
+        all_pass_fraction=_share(consumed.all_pass_groups, consumed.groups),
         episodes=episodes,
         episodes_per_s=round(episodes / duration_s, 3),
         tokens=tokens,
         tokens_per_s=round(tokens / duration_s, 3),
         sampled_tokens=sampled,
         sampled_tokens_per_s=round(sampled / duration_s, 3),
-        staleness_mean=None if age[0] is None else round(real(age[0]), 6),
-        staleness_max=None if age[1] is None else integer(age[1]),
+        staleness_mean=_rounded(consumed.staleness_mean),
+        staleness_max=consumed.staleness_max,
         swaps=read_swaps(folder.metrics),
         lineages=journal.number("SELECT COUNT(*) FROM lineages"),
         ledger=read_ledger(journal),
@@ -189,33 +183,17 @@ def duration(journal: Journal) -> float:
 
 def sampled_steps(journal: Journal, first: int, last: int) -> Sampled | None:
     """Means over the training trees of some steps."""
-    rows = journal.rows(f"SELECT rewards {CONSUMED} AND trees.step BETWEEN ? AND ?", (first, last))
-    parts: list[dict[str, float | None]] = [orjson.loads(text(rewards)) for (rewards,) in rows]
-    if not parts:
+    found = read_figures(journal, first=first, last=last)
+    if not found.trees:
         return None
     return Sampled(
         first_step=first,
         last_step=last,
-        trees=len(parts),
-        reward=_part(parts, "total"),
-        accuracy=_part(parts, "answer"),
-        format=_part(parts, "format"),
+        trees=found.trees,
+        reward=_rounded(found.part_mean("total")),
+        accuracy=_rounded(found.part_mean("answer")),
+        format=_rounded(found.part_mean("format")),
     )
-
-
-def extreme_groups(journal: Journal) -> tuple[float | None, float | None]:
-    """Fractions of the trained groups in which every answer was wrong (score 0), and in which every one was right."""
-    best: dict[int, list[float]] = {}
-    rows = journal.rows(f"SELECT group_seq, rewards {CONSUMED}")
-    for group, rewards in rows:
-        answer = orjson.loads(text(rewards)).get("answer")
-        if isinstance(answer, int | float):
-            best.setdefault(integer(group), []).append(float(answer))
-    if not best:
-        return None, None
-    fail = sum(max(answers) <= 0.0 for answers in best.values())
-    full = sum(min(answers) >= 1.0 for answers in best.values())
-    return round(fail / len(best), 6), round(full / len(best), 6)
 
 
 def trainer_seconds(metrics: Path) -> dict[str, float]:
@@ -311,8 +289,12 @@ def _traced(trajectory: Trajectory, tokenizer: Tokenizer | None) -> TracedTrajec
     )
 
 
-def _part(parts: Iterable[dict[str, float | None]], name: str) -> float | None:
-    return mean(value for rewards in parts if (value := rewards.get(name)) is not None)
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def _share(part: int, whole: int) -> float | None:
+    return round(part / whole, 6) if whole else None
 
 
 def _fields(record: EvaluationRecord | None) -> dict[str, JsonValue]:

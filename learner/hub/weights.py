@@ -76,6 +76,10 @@ class WeightStore:
                 detail=f"weight files {missing} are not in {self._folder} in their announced size; write them first",
                 about=str(message.version),
             )
+        if self._available:  # the files of older ones are deleted: their names only make the journal longer
+            oldest = self._available[0].version
+            query = "UPDATE publications SET objects = '[]' WHERE objects != '[]' AND version < ?"
+            self._journal.execute(query, (oldest,))
         objects = _OBJECTS.dump_json(message.objects).decode()
         self._journal.insert(
             "INSERT INTO publications (version, digest, objects, published_at) VALUES (?, ?, ?, ?)",

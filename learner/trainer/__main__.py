@@ -69,7 +69,7 @@ def train(folder: RunFolder, config: Config, metrics: MetricsFile, stopping: thr
         log.info("trainer ready", step=step, lineage=lineage, resumed=state is not None)
         while step < config.run.steps:
             clock = [time.monotonic()]
-            answer = hub.batch(step + 1)
+            answer = hub.batch(step + 1, settled=min(step, checkpoints.oldest_step()))
             if answer is None:
                 break
             clock.append(time.monotonic())

@@ -96,12 +96,17 @@ class Checkpoints:
                 return manifest.state
         return None
 
-    def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> TrainerState | None:
-        """Load the newest sound checkpoint into policy and optimizer; None if there is none.
+    def oldest_step(self) -> int:
+        """Step of the oldest checkpoint kept; 0 as long as a damaged one would leave none."""
+        kept = self._newest_first()
+        return int(kept[-1].name.removeprefix("step-")) if len(kept) > 1 else 0
 
-        A damaged one is logged and the one before it taken.
+    def restore(self, policy: Policy, optimizer: torch.optim.Optimizer, *, oldest: bool = False) -> TrainerState | None:
+        """Load the newest (or the oldest) sound checkpoint into policy and optimizer; None if there is none.
+
+        A damaged one is logged and the one before (or after) it taken.
         """
-        for path in self._newest_first():
+        for path in reversed(self._newest_first()) if oldest else self._newest_first():
             manifest = _check(path)
             if manifest is None:
                 continue

@@ -70,11 +70,14 @@ class Hub:
             raise Refused(f"the hub answered the trainer's hello with {answer.kind}")
         return answer.lineage
 
-    def batch(self, step: int) -> tuple[Batch, tuple[memoryview, ...]] | None:
-        """Wait for the groups of `step`; None when the trainer was told to stop meanwhile."""
+    def batch(self, step: int, *, settled: int) -> tuple[Batch, tuple[memoryview, ...]] | None:
+        """Wait for the groups of `step`; None when the trainer was told to stop meanwhile.
+
+        `settled`: no checkpoint of an earlier step is kept.
+        """
         while not self._stopping.is_set():
             asked = time.monotonic()
-            answer, frames = self._ask(BatchRequest(step=step), f"the batch of step {step}")
+            answer, frames = self._ask(BatchRequest(step=step, settled=settled), f"the batch of step {step}")
             match answer:
                 case Batch():
                     return answer, frames

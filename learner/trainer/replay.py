@@ -15,6 +15,7 @@ import orjson
 
 from learner.hub.batches import STALE, split_frames
 from learner.hub.journal import Journal, JournalUnreadable, integer, text
+from learner.hub.settled import read_settled
 from learner.trainer.checkpoint import Checkpoints
 from learner.trainer.intake import prepare
 from learner.trainer.publish import parameters_digest
@@ -27,10 +28,12 @@ from protocols.codec import decode_tree
 from protocols.records import EpisodeTree, version_of
 
 
-def trained_batches(journal: Journal) -> Iterator[tuple[int, tuple[EpisodeTree, ...]]]:
-    """Every step of the surviving weights and the trees its trainer was given, in the order it was given them."""
+def trained_batches(journal: Journal, *, after: int = 0) -> Iterator[tuple[int, tuple[EpisodeTree, ...]]]:
+    """Every later step of the surviving weights and the trees its trainer was given, in the order it was given them."""
     for step, groups in journal.rows(
-        "SELECT step, groups FROM batches WHERE step IN (SELECT step FROM steps WHERE undone = 0) ORDER BY step"
+        "SELECT step, groups FROM batches WHERE step > ? AND step IN (SELECT step FROM steps WHERE undone = 0)"
+        " ORDER BY step",
+        (after,),
     ):
         trees: list[EpisodeTree] = []
         for group in orjson.loads(text(groups)):
@@ -43,14 +46,33 @@ def trained_batches(journal: Journal) -> Iterator[tuple[int, tuple[EpisodeTree, 
         yield integer(step), tuple(trees)
 
 
+def start(journal: Journal, archive: Path, checkpoints: Checkpoints, training: Training) -> int:
+    """The step to replay from: 0 while all episodes are there, else that of the oldest checkpoint, which is loaded."""
+    gone = read_settled(journal).upto_step
+    if gone == 0 or (archive.is_file() and journal.row("SELECT 1 FROM batches WHERE step = 1") is not None):
+        return 0
+    state = checkpoints.restore(training.policy, training.optimizer, oldest=True)
+    if state is None or state.step < gone:
+        raise UserError(
+            f"the episodes of steps 1 to {gone} were dropped (hub.keep_trained) and no checkpoint of step {gone} or"
+            f" later is in {str(checkpoints.folder)!r}; there is nothing to replay from"
+        )
+    print(
+        f"the episodes of steps 1 to {gone} were dropped (hub.keep_trained); from the checkpoint of step {state.step}"
+    )
+    return state.step
+
+
 def replay(folder: RunFolder, overrides: Sequence[str]) -> int:
     """Train from the journal, print both digests; returns 1 if they should agree and do not."""
     config = load_config(folder.config, overrides)
-    saved = Checkpoints(folder.checkpoints, config.learner.keep_checkpoints).newest()
+    checkpoints = Checkpoints(folder.checkpoints, config.learner.keep_checkpoints)
+    saved = checkpoints.newest()
     training = Training.start(config)
-    last = 0
-    with Journal.open_read_only(folder.journal) as journal, journal.snapshot():
-        for step, trees in trained_batches(journal):
+    with Journal.open_read_only(folder.journal, folder.archive) as journal, journal.snapshot():
+        first = start(journal, folder.archive, checkpoints, training)
+        last = first
+        for step, trees in trained_batches(journal, after=first):
             if saved is not None and step > saved.step and not overrides:
                 break
             if step != last + 1:
@@ -75,7 +97,7 @@ def replay(folder: RunFolder, overrides: Sequence[str]) -> int:
                 flush=True,
             )
     digest = parameters_digest(training.policy.parameters, "float32")
-    print(f"replayed {last} steps: weights {digest}")
+    print(f"replayed {last - first} steps: weights {digest}")
     if overrides:
         return 0
     if saved is None or saved.step != last:

@@ -10,7 +10,7 @@ import numpy as np
 
 from learner.hub.core import Hub, Outgoing, Side
 from learner.hub.evaluation import EvaluationRecord
-from learner.hub.journal import Journal
+from learner.hub.journal import Journal, integer
 from learner.hub.ledger import Ledger, checks, read_ledger
 from matpo.config import Config
 from protocols.channel import HubInput, Received
@@ -109,6 +109,7 @@ class Bench:
     def __init__(self, folder: Path, config: Config | None = None, *, train: int = 50, evaluation: int = 10) -> None:
         self.folder = folder
         self.config = config or make_config()
+        self.archive = folder / "archive.sqlite"
         self.train = make_tasks(train)
         self.evaluation = make_tasks(evaluation, "held-out-")
         self.now_s = 1000.0
@@ -123,6 +124,7 @@ class Bench:
             self.journal,
             run="bench",
             weights=self.folder / "weights",
+            archive=self.archive,
             tokenizer=TOKENIZER,
             train=self.train,
             evaluation=self.evaluation,
@@ -224,9 +226,9 @@ class Bench:
         answers = self.send("trainer", "trainer", Publish(version=version, digest=digest_of(version), objects=(entry,)))
         return answers[0]
 
-    def batch(self, step: int) -> Batch | None:
+    def batch(self, step: int, *, settled: int = 0) -> Batch | None:
         """Ask for a batch; None if there is none yet."""
-        answers = self.send("trainer", "trainer", BatchRequest(step=step))
+        answers = self.send("trainer", "trainer", BatchRequest(step=step, settled=settled))
         found = [answer for answer in answers if isinstance(answer, Batch)]
         return found[0] if found else None
 
@@ -239,9 +241,11 @@ class Bench:
         )
         return [str(tree_id) for (tree_id,) in rows]
 
-    def train_step(self, step: int, *, lineage: int = 0, filtered: Sequence[tuple[str, str]] = ()) -> list[str]:
+    def train_step(
+        self, step: int, *, lineage: int = 0, filtered: Sequence[tuple[str, str]] = (), settled: int = 0
+    ) -> list[str]:
         """Take a whole step: batch, report, publish. Returns the trees trained."""
-        assert self.batch(step) is not None
+        assert self.batch(step, settled=settled) is not None
         left_out = {tree_id for tree_id, _ in filtered}
         trained = [tree_id for tree_id in self.batch_trees(step) if tree_id not in left_out]
         done = StepDone(step=step, trained=tuple(trained), filtered=tuple(filtered))
@@ -261,6 +265,23 @@ class Bench:
         """State and reason of every tree."""
         rows = self.journal.rows("SELECT tree_id, state, reason FROM trees")
         return {str(t): (str(s), None if r is None else str(r)) for t, s, r in rows}
+
+    def archived_states(self) -> dict[str, str]:
+        """State of every tree in the archive."""
+        if not self.archive.exists():
+            return {}
+        with Journal.open_read_only(self.archive) as archive:
+            return {str(tree_id): str(state) for tree_id, state in archive.rows("SELECT tree_id, state FROM trees")}
+
+    def trained_by_step(self) -> dict[int, set[str]]:
+        """Trees that the journal holds as trained, by step."""
+        found: dict[int, set[str]] = {}
+        for step, tree_id in self.journal.rows("SELECT step, tree_id FROM trees WHERE state = 'trained'"):
+            found.setdefault(integer(step), set()).add(str(tree_id))
+        return found
+
+    def group_ids(self) -> set[str]:
+        return {str(group_id) for (group_id,) in self.journal.rows("SELECT group_id FROM groups")}
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from learner.hub.conditions import conditions
 from learner.hub.journal import Journal, JournalUnreadable
 from learner.hub.tasks import TaskCursor
 from learner.hub.waits import Condition, WaitBook
@@ -178,14 +179,14 @@ def test_draining_takes_leases_back_sends_actors_home_and_lets_nobody_in(tmp_pat
 
 def test_waits_are_named_and_have_a_remedy(tmp_path: Path) -> None:
     with bench(tmp_path) as at:
-        assert [c.what for c in at.hub.conditions(at.now_s)] == ["the first weights", "an actor"]
+        assert [c.what for c in conditions(at.hub, at.now_s)] == ["the first weights", "an actor"]
         at.start()
-        assert list(at.hub.conditions(at.now_s)) == []
+        assert list(conditions(at.hub, at.now_s)) == []
         at.batch(1)
-        (waiting,) = at.hub.conditions(at.now_s)
+        (waiting,) = conditions(at.hub, at.now_s)
         assert (waiting.who, waiting.what) == ("trainer", "the batch of step 1")
         at.step(seconds=5.0)
-        silent = [c for c in at.hub.conditions(at.now_s) if c.what == "a heartbeat of actor-0"]
+        silent = [c for c in conditions(at.hub, at.now_s) if c.what == "a heartbeat of actor-0"]
         assert len(silent) == 1 and "actor-0.jsonl" in silent[0].remedy
 
 

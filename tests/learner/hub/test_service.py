@@ -68,7 +68,8 @@ async def serve(folder: RunFolder, config: Config, started: anyio.Event) -> bool
     """What `learner.hub.__main__` does, with tasks made here."""
     with Journal.open(folder.journal) as journal:
         hub = Hub(
-            config, journal, run="test", weights=folder.weights, tokenizer=TOKENIZER, train=make_tasks(20),
+            config, journal, run="test", weights=folder.weights, archive=folder.archive,
+            tokenizer=TOKENIZER, train=make_tasks(20),
             evaluation=make_tasks(5, "held-out-"), now_s=time.monotonic(),
         )  # fmt: skip
         async with (
