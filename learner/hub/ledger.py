@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from learner.hub.journal import Journal, integer, text
 from learner.hub.settled import read_settled
@@ -120,19 +120,7 @@ def checks(journal: Journal) -> list[Check]:
                 " WHERE trees.state IN ('pending', 'trained') AND trees.group_seq = episodes.group_seq"
             ),
         ),
-        _check(
-            "trained trees = trees reported by the steps that stand",
-            ledger.trained,
-            count("SELECT SUM(trained) FROM steps WHERE undone = 0"),
-        ),
-        _check(
-            "trained trees of steps beyond the last = 0",
-            count(
-                "SELECT COUNT(*) FROM trees WHERE state = 'trained' AND step NOT IN"
-                " (SELECT step FROM steps WHERE undone = 0)"
-            ),
-            0,
-        ),
+        *_of_steps(journal, ledger),
         _check(
             "leased episodes = leased episodes of live leases",
             count("SELECT COUNT(*) FROM episodes WHERE state = 'leased'"),
@@ -147,6 +135,23 @@ def checks(journal: Journal) -> list[Check]:
             0,
         ),
     ]
+
+
+def _of_steps(journal: Journal, ledger: Ledger) -> Iterator[Check]:
+    """What the trees say of the steps, and the steps of the trees."""
+    yield _check(
+        "trained trees = trees reported by the steps that stand",
+        ledger.trained,
+        journal.number("SELECT SUM(trained) FROM steps WHERE undone = 0"),
+    )
+    yield _check(
+        "trained trees of steps beyond the last = 0",
+        journal.number(
+            "SELECT COUNT(*) FROM trees WHERE state = 'trained' AND step NOT IN"
+            " (SELECT step FROM steps WHERE undone = 0)"
+        ),
+        0,
+    )
 
 
 def _check(name: str, left: int, right: int) -> Check:

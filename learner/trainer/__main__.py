@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from learner.trainer.checkpoint import Checkpoints
+from learner.trainer.consumed import ConsumedLog
 from learner.trainer.hub import Hub, NoHub, Refused
 from learner.trainer.intake import IntakeReport, prepare, read_trees
 from learner.trainer.publish import Publisher
@@ -63,8 +64,9 @@ def train(folder: RunFolder, config: Config, metrics: MetricsFile, stopping: thr
         keyframe_every=config.hub.keyframe_every_steps,
         threads=learner.threads,
     )
-    with Hub(folder, stopping) as hub:
+    with Hub(folder, stopping) as hub, ConsumedLog(folder.consumed) as consumed:
         lineage = hub.hello(step=step, config_digest=config.shared_digest)
+        consumed.start(lineage, step)
         hub.publish(publisher.publish(policy.published, version=version_of(lineage=lineage, step=step)))
         log.info("trainer ready", step=step, lineage=lineage, resumed=state is not None)
         while step < config.run.steps:
@@ -79,6 +81,7 @@ def train(folder: RunFolder, config: Config, metrics: MetricsFile, stopping: thr
             step += 1
             report = train_step(policy, optimizer, taken.micro_batches, learner, step=step, steps=config.run.steps)
             clock.append(time.monotonic())
+            consumed.step(lineage, step, taken, answer[1])
             hub.done(step, taken)
             published = publisher.publish(policy.published, version=version_of(lineage=lineage, step=step))
             hub.publish(published)
@@ -112,7 +115,7 @@ def run(arguments: Sequence[str]) -> int:
     metrics = MetricsFile(folder.metrics)
     try:
         train(folder, config, metrics, stopping)
-    except (ChannelError, NoHub, Refused) as error:
+    except (ChannelError, NoHub, Refused, OSError) as error:
         log.error("trainer gives up", reason=str(error))
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -1,10 +1,11 @@
-"""RUN/consumed.jsonl: the trainer's own record of what it trained on, so that the hub's ledger can be checked against it.
+"""RUN/consumed.jsonl: the trainer's own record of what it trained on, which the hub's ledger can be checked against.
 
 A line is on disk before the hub hears of its step. Lines are only ever appended:
 
     {"event": "start", "lineage": 1, "step": 20, "time": …}
-        a trainer began at the weights of step 20; every line of a later step above this one is of weights that are gone
-    {"event": "step", "lineage": 1, "step": 21, "trained": […], "filtered": [[tree, reason], …], "digest": "…", "time": …}
+        a trainer began at the weights of step 20; lines above this one with later steps are of weights that are gone
+    {"event": "step", "lineage": 1, "step": 21, "trained": [tree, …], "filtered": [[tree, reason], …], "digest": "…",
+     "time": …}
         the trees of step 21, and xxh3-128 of their bytes as they came from the hub, in their order
 """
 

@@ -131,7 +131,8 @@ class Learner:
         try:
             with self._scope, Journal.open(self.folder.journal) as journal:
                 self.hub = Hub(
-                    CONFIG, journal, run="test", weights=self.folder.weights, archive=self.folder.archive, tokenizer=TOKENIZER,
+                    CONFIG, journal, run="test", weights=self.folder.weights, archive=self.folder.archive,
+                    tokenizer=TOKENIZER,
                     train=make_tasks(20), evaluation=make_tasks(5, "held-out-"), now_s=time.monotonic(),
                 )  # fmt: skip
                 async with (

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from learner.hub.journal import Journal
+from learner.hub.settled import Settler
 from learner.trainer import replay
 from learner.trainer.checkpoint import Checkpoints
 from learner.trainer.hub import Hub, NoHub
+from matpo.errors import UserError
+from matpo.folder import RunFolder
 from matpo.metrics import read_metrics
 from protocols.delta import apply_delta
 from protocols.messages import Publish
@@ -158,6 +162,39 @@ def test_replay_of_a_resumed_run_gives_the_same_weights(tmp_path: Path) -> None:
     shutil.rmtree(folder.checkpoints / "step-000004")
     run_trainer(folder, config)
     assert replay.run([str(tmp_path)]) == 0
+
+
+def settle(folder: RunFolder, *, upto: int, archive: bool) -> None:
+    """What the hub does once every kept checkpoint is of step `upto` or later."""
+    with Journal.open(folder.journal) as journal:
+        settler = Settler(journal, archive=folder.archive if archive else None)
+        settler.allow(upto)
+        with journal.transaction():
+            assert settler.settle_some() == 2 * upto
+
+
+def test_replay_finds_episodes_in_the_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, config = make_run(tmp_path)
+    run_trainer(folder, config)
+    settle(folder, upto=2, archive=True)
+    assert replay.run([str(tmp_path)]) == 0
+    assert "replayed 4 steps" in capsys.readouterr().out
+
+
+def test_replay_of_what_was_dropped_begins_at_the_oldest_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, config = make_run(tmp_path)
+    run_trainer(folder, config)
+    settle(folder, upto=2, archive=False)
+    assert replay.run([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "the episodes of steps 1 to 2 were dropped (hub.keep_trained); from the checkpoint of step 2" in printed
+    assert "replayed 2 steps" in printed
+    shutil.rmtree(folder.checkpoints / "step-000002")
+    shutil.rmtree(folder.checkpoints / "step-000004")
+    with pytest.raises(UserError, match="there is nothing to replay from"):
+        replay.run([str(tmp_path)])
 
 
 def test_replay_notices_other_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
