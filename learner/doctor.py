@@ -164,7 +164,9 @@ def show(report: Report, console: Console) -> None:
         f" {ledger.episodes_abandoned} given up"
     )
     if ledger.settled:
-        console.print(f"{ledger.settled} of these trees have left the journal (hub.keep_trained); {ledger.late} came later")
+        console.print(
+            f"{ledger.settled} of these trees have left the journal (hub.keep_trained); {ledger.late} came later"
+        )
     for check in report.checks:
         if not check.holds:
             console.print(f"[bold red]DOES NOT ADD UP[/bold red]  {check.name}: {check.left} is not {check.right}")
