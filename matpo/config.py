@@ -14,6 +14,11 @@ from matpo.engine_config import Engine as Engine
 from matpo.engine_config import SglangEngine as SglangEngine
 from matpo.lora_config import PROJECTIONS as PROJECTIONS
 from matpo.lora_config import Lora as Lora
+from matpo.objective_config import Clip as Clip
+from matpo.objective_config import Decoupled as Decoupled
+from matpo.objective_config import Dppo as Dppo
+from matpo.objective_config import Objective as Objective
+from matpo.objective_config import Tis as Tis
 from matpo.section import Section
 from matpo.tools_config import McpServer as McpServer
 from matpo.tools_config import ServerExtras as ServerExtras
@@ -194,45 +199,6 @@ class Freshness(Section):
     """Trees with an older token are filtered and counted."""
 
 
-class Dppo(Section):
-    """Truncated importance weight, binary total-variation mask, squared log-ratio penalty (design §7)."""
-
-    name: Literal["dppo"] = "dppo"
-    delta: float = Field(default=0.2, gt=0, le=1)
-    """Mask a token whose probability already moved this far in the direction the advantage pushes."""
-    tau: float = Field(default=1e-3, ge=0)
-    """Weight of (log π/μ)²."""
-    ratio_cap: float = Field(default=2.0, gt=0)
-
-
-class Clip(Section):
-    """PPO's clipped surrogate on π/μ with a dual clip (the MATPO paper's)."""
-
-    name: Literal["clip"] = "clip"
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    clip_high: float = Field(default=0.2, gt=0)
-    dual_clip: float = Field(default=3.0, gt=1)
-
-
-class Decoupled(Section):
-    """Clipped surrogate on π/π_old, weighted by the truncated π_old/μ (AReaL)."""
-
-    name: Literal["decoupled"] = "decoupled"
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    clip_high: float = Field(default=0.2, gt=0)
-    ratio_cap: float = Field(default=2.0, gt=0)
-
-
-class Tis(Section):
-    """Policy gradient weighted by the truncated π/μ per token."""
-
-    name: Literal["tis"] = "tis"
-    ratio_cap: float = Field(default=2.0, gt=0)
-
-
-Objective = Annotated[Dppo | Clip | Decoupled | Tis, Field(discriminator="name")]
-
-
 class Learner(Section):
     """One `matpo-learner`: what a step trains on and how."""
 
@@ -264,6 +230,9 @@ class Learner(Section):
     publish_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     threads: int = Field(default=1, ge=1)
     micro_batch_tokens: int = Field(default=16_384, ge=64)
+    """Most distinct tokens computed at once."""
+    gradient_checkpointing: Literal["auto", "always", "never"] = "auto"
+    """Compute layers twice instead of keeping what they computed; `auto`: for micro-batches that would not fit."""
     checkpoint_every_steps: int = Field(default=20, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
 

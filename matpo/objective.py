@@ -30,13 +30,43 @@ def needs_old_policy(objective: Objective) -> bool:
 
 
 def token_loss(
-    objective: Objective, logp_T: Tensor, *, old_logp_T: Tensor | None, behaviour_T: Tensor, advantage_T: Tensor
+    objective: Objective,
+    logp_T: Tensor,
+    *,
+    old_logp_T: Tensor | None,
+    behaviour_T: Tensor,
+    advantage_T: Tensor,
+    entropy_T: Tensor | None = None,
+    reference_logp_T: Tensor | None = None,
 ) -> TokenLoss:
-    """ℓ per token, differentiable in `logp_T` = log π.
+    """ℓ per token, differentiable in `logp_T` = log π and in `entropy_T`, the entropy of π at each token.
 
     `behaviour_T` = log μ; `old_logp_T` = log π_old, or None when the step is the first of its batch, where
-    π_old = sg[π]. All float32, of shape T.
+    π_old = sg[π]; `entropy_T` and `reference_logp_T` are read only by terms that need them. All float32, of shape T.
     """
+    policy = _policy_loss(objective, logp_T, old_logp_T, behaviour_T, advantage_T)
+    loss_T = policy.loss_T
+    if objective.reference_kl:
+        if reference_logp_T is None:
+            raise ValueError("reference_kl needs the log-probabilities of the reference model")
+        loss_T = loss_T + objective.reference_kl * reference_kl(logp_T, reference_logp_T)
+    if objective.entropy_bonus:
+        if entropy_T is None:
+            raise ValueError("entropy_bonus needs the entropy of the policy")
+        loss_T = loss_T - objective.entropy_bonus * entropy_T
+    return TokenLoss(loss_T, policy.masked_T)
+
+
+def reference_kl(logp_T: Tensor, reference_logp_T: Tensor) -> Tensor:
+    """k3: π_ref/π − 1 − log(π_ref/π), never negative, whose mean over tokens of π is KL(π‖π_ref)
+    (http://joschu.net/blog/kl-approx.html)."""
+    log_ratio_T = reference_logp_T - logp_T
+    return log_ratio_T.exp() - 1 - log_ratio_T
+
+
+def _policy_loss(
+    objective: Objective, logp_T: Tensor, old_logp_T: Tensor | None, behaviour_T: Tensor, advantage_T: Tensor
+) -> TokenLoss:
     match objective:
         case Dppo():
             return _dppo(objective, logp_T, behaviour_T, advantage_T)

@@ -17,8 +17,9 @@ from learner.trainer.consumed import ConsumedLog
 from learner.trainer.hub import Hub, NoHub, Refused
 from learner.trainer.intake import IntakeReport, prepare, read_trees
 from learner.trainer.publish import Publisher
+from learner.trainer.report import StepReport
 from learner.trainer.setup import Training
-from learner.trainer.step import StepReport, train_step
+from learner.trainer.step import train_step
 from matpo.config import Config
 from matpo.errors import run_command
 from matpo.folder import RunFolder
@@ -79,7 +80,15 @@ def train(folder: RunFolder, config: Config, metrics: MetricsFile, stopping: thr
             taken = prepare(read_trees(*answer), config, current=current, shape=policy.shape, device=policy.device)
             clock.append(time.monotonic())
             step += 1
-            report = train_step(policy, optimizer, taken.micro_batches, learner, step=step, steps=config.run.steps)
+            report = train_step(
+                policy,
+                optimizer,
+                taken.micro_batches,
+                learner,
+                step=step,
+                steps=config.run.steps,
+                reference=training.reference,
+            )
             clock.append(time.monotonic())
             consumed.step(lineage, step, taken, answer[1])
             hub.done(step, taken)

@@ -1,8 +1,8 @@
 """Log-probabilities of the scored tokens, and the loss on them, without ever holding all logits.
 
-The output projection runs over a few thousand scored tokens at a time; the loss is taken inside that chunk and its
+The output projection runs over some hundred scored tokens at a time; the loss is taken inside that chunk and its
 gradient applied at once: three matrix products per chunk, float32 log-probabilities, entropy for free.
-K: scored tokens, T: sampled tokens, V: vocabulary, E: hidden width.
+K: scored tokens, C: those of a chunk, T: sampled tokens, V: vocabulary, E: hidden width.
 """
 
 from __future__ import annotations
@@ -13,13 +13,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from learner.trainer.memory import total_bytes
 from learner.trainer.pack import MicroBatch
 
-CHUNK_LOGITS = 1 << 23
-"""Logits held at once: 32 MiB of float32, three times over at the peak."""
+MEMORY_SHARE = 128
+"""Logits take at most one part in so many of the device's whole memory (not of what is free now: the chunk decides the
+order of sums, and a replay must sum in the same order)."""
+BUFFERS = 2
+"""Float32 tensors of a chunk's logits alive at once."""
+LEAST_ROWS = 32
+"""Below this the products are slower than the memory is worth."""
 
-ChunkLoss = Callable[[Tensor, slice], Tensor]
-"""(log π of some sampled tokens, differentiable; which of the T they are) → their weighted loss, a scalar."""
+ChunkLoss = Callable[[Tensor, Tensor, slice], Tensor]
+"""(log π of some sampled tokens, entropy of π there, which of the T they are) → their weighted loss, a scalar.
+Differentiable in both."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,55 +48,125 @@ class Scores:
     """Of the distribution the token was drawn from, in nats."""
 
 
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Scored tokens of a chunk: the power of two whose logits fit into the device's `MEMORY_SHARE`."""
+    fitting = total_bytes(device) // MEMORY_SHARE // (BUFFERS * 4 * vocabulary)
+    return max(LEAST_ROWS, 1 << fitting.bit_length() - 1 if fitting else 0)
+
+
+def score(head: Head, hidden_NE: Tensor, batch: MicroBatch) -> Scores:
+    """Score the micro-batch's tokens; no gradient."""
+    scores = Scores(torch.empty_like(batch.behaviour_T), torch.empty_like(batch.behaviour_T))
+    with torch.no_grad():
+        for chunk in _chunks(head, hidden_NE, batch):
+            scores.logp_T[chunk.sampled] = chunk.logp_C[chunk.which]
+            scores.entropy_T[chunk.sampled] = chunk.entropy_C[chunk.which]
+    return scores
+
+
 def score_and_backward(head: Head, hidden_NE: Tensor, batch: MicroBatch, loss: ChunkLoss) -> tuple[Scores, Tensor]:
     """Score the micro-batch's tokens, add the loss's gradient to the head's `.grad`, and return that of `hidden_NE`.
 
     A frozen head gets no gradient, and the time for it is saved.
     """
     hidden_grad_NE = torch.zeros_like(hidden_NE, dtype=torch.float32)
-    for parameter in (head.weight, head.bias):
-        if parameter is not None and parameter.requires_grad and parameter.grad is None:
+    trained = [p for p in (head.weight, head.bias) if p is not None and p.requires_grad]
+    for parameter in trained:
+        if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    weight_VE = head.weight.detach().to(head.dtype)
-    logp_T, entropy_T = torch.empty_like(batch.behaviour_T), torch.empty_like(batch.behaviour_T)
-    for scored, sampled in _chunks(batch, len(weight_VE)):
-        predictor, target = batch.predictor_K[scored], batch.target_K[scored, None]
-        hidden_CE = hidden_NE.detach().index_select(0, predictor).to(head.dtype)
-        logits_CV = (hidden_CE @ weight_VE.T).float()
+    scores = Scores(torch.empty_like(batch.behaviour_T), torch.empty_like(batch.behaviour_T))
+    for chunk in _chunks(head, hidden_NE, batch):
+        grad_CV = _logit_gradient(chunk, loss, scores).to(head.dtype)
+        hidden_grad_NE.index_add_(0, chunk.predictor_C, (grad_CV @ chunk.weight_VE).float())
+        for parameter in trained:
+            if parameter is head.bias:
+                parameter.grad += grad_CV.sum(dim=0)
+            elif head.dtype == torch.float32:
+                parameter.grad.addmm_(grad_CV.T, chunk.hidden_CE)
+            else:
+                parameter.grad += grad_CV.T @ chunk.hidden_CE
+    return scores, hidden_grad_NE
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Chunk:
+    """Some consecutive scored tokens. The two tensors of logits are reused by the next chunk."""
+
+    weight_VE: Tensor
+    hidden_CE: Tensor
+    predictor_C: Tensor
+    target_C: Tensor
+    temperature_C: Tensor
+    log_probability_CV: Tensor
+    probability_CV: Tensor
+    logp_C: Tensor
+    entropy_C: Tensor
+    sampled: slice
+    """Of the T."""
+    which: Tensor
+    """Which scored token of the chunk each of those sampled tokens is."""
+
+
+def _chunks(head: Head, hidden_NE: Tensor, batch: MicroBatch) -> Iterator[_Chunk]:
+    weight_VE, hidden_NE = head.weight.detach().to(head.dtype), hidden_NE.detach()
+    count, vocabulary = len(batch.target_K), len(weight_VE)
+    rows = min(chunk_rows(vocabulary, hidden_NE.device), count)
+    if not count:
+        return
+    starts = range(0, count, rows)
+    ends = [*starts[1:], count]
+    edges = torch.tensor([0, *ends], device=batch.scored_T.device)
+    bounds = torch.searchsorted(batch.scored_T, edges).tolist()
+    buffers = [hidden_NE.new_empty(rows, vocabulary, dtype=torch.float32) for _ in range(BUFFERS)]
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        predictor_C, target_C = batch.predictor_K[start:end], batch.target_K[start:end]
+        hidden_CE = hidden_NE.index_select(0, predictor_C).to(head.dtype)
+        logits_CV, probability_CV = (buffer[: end - start] for buffer in buffers)
+        if head.dtype == torch.float32:
+            torch.mm(hidden_CE, weight_VE.T, out=logits_CV)
+        else:
+            logits_CV.copy_(hidden_CE @ weight_VE.T)
         if head.bias is not None:
             logits_CV += head.bias.detach()
-        logits_CV /= batch.temperature_K[scored, None]
-        normaliser_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
-        logp_C = (logits_CV.gather(1, target) - normaliser_C1).squeeze(1).requires_grad_()
-        probability_CV = (logits_CV - normaliser_C1).exp_()
-        entropy_C = normaliser_C1.squeeze(1) - torch.linalg.vecdot(probability_CV, logits_CV)
-        which = batch.scored_T[sampled] - scored.start
-        with torch.enable_grad():
-            chosen_T = logp_C[which]
-            (slope_C,) = torch.autograd.grad(loss(chosen_T, sampled), logp_C)
-        logp_T[sampled], entropy_T[sampled] = chosen_T.detach(), entropy_C[which]
-        # d log π / d logits = onehot − p, divided by the temperature that scaled the logits.
-        slope_C1 = (slope_C / batch.temperature_K[scored])[:, None]
-        slope_CV = probability_CV.mul_(-slope_C1)
-        slope_CV[torch.arange(len(target), device=target.device), target.squeeze(1)] += slope_C1.squeeze(1)
-        grad_CV = slope_CV.to(head.dtype)
-        hidden_grad_NE.index_add_(0, predictor, (grad_CV @ weight_VE).float())
-        if head.weight.grad is not None:
-            if head.dtype == torch.float32:
-                head.weight.grad.addmm_(grad_CV.T, hidden_CE)
-            else:
-                head.weight.grad += grad_CV.T @ hidden_CE
-        if head.bias is not None and head.bias.grad is not None:
-            head.bias.grad += grad_CV.sum(dim=0)
-    return Scores(logp_T, entropy_T), hidden_grad_NE
+        temperature_C = batch.temperature_K[start:end]
+        logits_CV /= temperature_C[:, None]
+        logits_CV -= logits_CV.amax(dim=1, keepdim=True)
+        normaliser_C1 = torch.exp(logits_CV, out=probability_CV).sum(dim=1, keepdim=True)
+        probability_CV /= normaliser_C1
+        logits_CV -= normaliser_C1.log()
+        sampled = slice(bounds[number], bounds[number + 1])
+        yield _Chunk(
+            weight_VE=weight_VE,
+            hidden_CE=hidden_CE,
+            predictor_C=predictor_C,
+            target_C=target_C,
+            temperature_C=temperature_C,
+            log_probability_CV=logits_CV,
+            probability_CV=probability_CV,
+            logp_C=logits_CV.gather(1, target_C[:, None]).squeeze(1),
+            entropy_C=-torch.linalg.vecdot(probability_CV, logits_CV),
+            sampled=sampled,
+            which=batch.scored_T[sampled] - start,
+        )
 
 
-def _chunks(batch: MicroBatch, vocabulary: int) -> Iterator[tuple[slice, slice]]:
-    """Consecutive scored tokens (as a slice of K) and the sampled tokens that share them (as a slice of T)."""
-    size = max(1, CHUNK_LOGITS // vocabulary)
-    starts = list(range(0, len(batch.target_K), size))
-    bounds = torch.searchsorted(
-        batch.scored_T, torch.tensor([*starts, len(batch.target_K)]).to(batch.scored_T)
-    ).tolist()
-    for number, start in enumerate(starts):
-        yield slice(start, min(start + size, len(batch.target_K))), slice(bounds[number], bounds[number + 1])
+def _logit_gradient(chunk: _Chunk, loss: ChunkLoss, scores: Scores) -> Tensor:
+    """Gradient of the chunk's loss in its logits, before the temperature scaled them; overwrites the probabilities.
+
+    z: logits after the temperature. ∂ log π(y) / ∂z_v = [v = y] − π(v); ∂ H / ∂z_v = −π(v) (log π(v) + H).
+    """
+    with torch.enable_grad():
+        logp_C, entropy_C = chunk.logp_C.requires_grad_(), chunk.entropy_C.requires_grad_()
+        logp_T, entropy_T = logp_C[chunk.which], entropy_C[chunk.which]
+        total = loss(logp_T, entropy_T, chunk.sampled)
+        slope_C, bonus_C = torch.autograd.grad(total, (logp_C, entropy_C), allow_unused=True)
+    scores.logp_T[chunk.sampled], scores.entropy_T[chunk.sampled] = logp_T.detach(), entropy_T.detach()
+    slope_C = slope_C / chunk.temperature_C
+    if bonus_C is None:
+        grad_CV = chunk.probability_CV.mul_(-slope_C[:, None])
+    else:
+        factor_CV = chunk.log_probability_CV.add_(entropy_C.detach()[:, None])
+        factor_CV.mul_((bonus_C / chunk.temperature_C)[:, None]).add_(slope_C[:, None])
+        grad_CV = chunk.probability_CV.mul_(factor_CV.neg_())
+    grad_CV[torch.arange(len(slope_C), device=grad_CV.device), chunk.target_C] += slope_C
+    return grad_CV

@@ -67,14 +67,6 @@ class Adapter:
                 base[name.replace(".base_layer.", ".")] = parameter
         return cls(lora, model, parameters, base)
 
-    def narrow(self, dtype: torch.dtype) -> None:
-        """Keep the frozen matrices in the compute type: a forward pass would round them to it anyway."""
-        embedding = self.model.get_input_embeddings().weight
-        for module in self.model.modules():
-            frozen = isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
-            if frozen and module.weight is not embedding:  # a lookup is not rounded
-                torch.nn.Module.to(module, dtype=dtype)
-
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The model without the adapter: the reference it started from."""

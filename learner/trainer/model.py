@@ -17,12 +17,16 @@ from learner.trainer.attention import ATTENTION, AttentionPlan, plan_attention, 
 from learner.trainer.costs import ModelShape
 from learner.trainer.head import Head
 from learner.trainer.lora import Adapter
+from learner.trainer.recompute import Recompute, saved_bytes
 from learner.trainer.trie import build_trie
 from matpo.config import Learner, Lora
 from matpo.errors import UserError
 
 PROBE_TOLERANCE = 1e-3
 """Largest difference of a logit, relative to the largest one, between the trie and the model's own forward pass."""
+
+MEASURED_TOKENS = (32, 64)
+"""Lengths of the two sequences whose forward passes tell how much memory a token takes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +43,7 @@ class Policy:
     dtype: torch.dtype
     device: torch.device
     shape: ModelShape
+    recompute: Recompute
 
     @property
     def vocabulary(self) -> int:
@@ -90,20 +95,35 @@ class Policy:
             dtype=dtype,
             device=device,
             shape=shape_of(model, projection),
+            recompute=Recompute.of(model.base_model, learner.gradient_checkpointing, device),
         )
         policy._probe()
         if adapter is not None:
-            adapter.narrow(dtype)
+            narrow_frozen(model, dtype)
+        if learner.gradient_checkpointing == "auto":
+            policy._measure()
         return policy
 
-    def hidden(self, tokens_N: Tensor, positions_N: Tensor, plan: AttentionPlan) -> Tensor:
-        """Last hidden states [N, E] of a trie's tokens."""
+    def hidden(self, tokens_N: Tensor, positions_N: Tensor, plan: AttentionPlan, *, recompute: bool = False) -> Tensor:
+        """Last hidden states [N, E] of a trie's tokens; with `recompute` the backward pass computes layers again."""
+        self.recompute.on = recompute
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self.body(
                 input_ids=tokens_N[None], position_ids=positions_N[None], use_cache=False, trie_plan=plan
             )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
+
+    def _measure(self) -> None:
+        """Find how many bytes a further token makes a forward pass keep."""
+
+        def saved(count: int) -> int:
+            trie = build_trie([np.zeros(count, np.int32)])
+            tokens, positions = (torch.from_numpy(array).to(self.device) for array in (trie.tokens, trie.positions))
+            return saved_bytes(lambda: self.hidden(tokens, positions, plan_attention(trie, self.device)), self.model)
+
+        few, many = MEASURED_TOKENS
+        self.recompute.bytes_per_token = (saved(many) - saved(few)) // (many - few)
 
     def _probe(self) -> None:
         """Compare the trie's logits with the model's own on two short sequences; ends with trie attention switched on.
@@ -133,6 +153,15 @@ class Policy:
                 f"model {type(self.model).__name__} cannot be trained: its logits differ by {difference:.2g} (relative)"
                 " when prefixes are shared; only causal models with softmax attention and a linear head are served"
             )
+
+
+def narrow_frozen(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Keep frozen matrices in the compute type: a forward pass would round them to it anyway."""
+    embedding: torch.nn.Module = model.get_input_embeddings()
+    for module in model.modules():
+        frozen = isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
+        if frozen and module.weight is not embedding.weight:  # a lookup is not rounded
+            torch.nn.Module.to(module, dtype=dtype)
 
 
 def shape_of(model: PreTrainedModel, projection: torch.nn.Linear) -> ModelShape:

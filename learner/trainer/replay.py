@@ -89,6 +89,7 @@ def replay(folder: RunFolder, overrides: Sequence[str]) -> int:
                 config.learner,
                 step=step,
                 steps=config.run.steps,
+                reference=training.reference,
             )
             last = step
             print(

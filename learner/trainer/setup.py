@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from learner.trainer.model import Policy
+from learner.trainer.reference import Reference, load_reference
 from learner.trainer.step import make_optimizer
 from matpo.config import Config
 from matpo.errors import UserError
@@ -20,6 +21,7 @@ class Training:
 
     policy: Policy
     optimizer: torch.optim.Optimizer
+    reference: Reference | None
 
     @classmethod
     def start(cls, config: Config) -> Training:
@@ -27,7 +29,7 @@ class Training:
         make_deterministic(threads=config.learner.threads, seed=config.run.seed)
         _check_device(config.learner.device)
         policy = Policy.load(model_folder(config.model), config.learner, config.model.lora, seed=config.run.seed)
-        return cls(policy, make_optimizer(policy, config.learner))
+        return cls(policy, make_optimizer(policy, config.learner), load_reference(config, policy))
 
 
 def make_deterministic(*, threads: int, seed: int) -> None:

@@ -16,8 +16,9 @@ from learner.trainer.model import Policy
 from learner.trainer.pack import pack
 from learner.trainer.plan import Sample
 from learner.trainer.publish import to_weights
+from learner.trainer.report import StepReport
 from learner.trainer.setup import make_deterministic
-from learner.trainer.step import StepReport, accumulate, learning_rate, make_optimizer, train_step
+from learner.trainer.step import accumulate, learning_rate, make_optimizer, train_step
 from matpo.config import Config, Decoupled, Dppo, Learner, Tis
 from matpo.errors import UserError
 from protocols.codec import encode_tree

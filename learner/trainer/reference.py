@@ -1,0 +1,53 @@
+"""The model the policy is kept close to: frozen, in memory once, run forward only for objectives that ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from learner.trainer.head import score
+from learner.trainer.model import Policy, narrow_frozen
+from learner.trainer.pack import MicroBatch
+from matpo.config import Config
+from matpo.errors import UserError
+from matpo.model_files import model_folder
+
+Reference = Callable[[MicroBatch], Tensor]
+"""A micro-batch → log-probability of each of its sampled tokens under the reference, float32 of shape T."""
+
+
+def load_reference(config: Config, policy: Policy) -> Reference | None:
+    """What the objective's `reference_kl` is measured against; None if it has no such term.
+
+    The base of an adapter is in memory already. Another reference holds its matrices in the compute type, so that an
+    unchanged policy is at distance exactly 0 from either.
+    """
+    objective = config.learner.objective
+    if not objective.reference_kl:
+        return None
+    if policy.adapter is not None and objective.reference is None:
+        adapter = policy.adapter
+
+        def base(batch: MicroBatch) -> Tensor:
+            with adapter.disabled():
+                return _scores(policy, batch)
+
+        return base
+    frozen = Policy.load(objective.reference or model_folder(config.model), config.learner)
+    if frozen.vocabulary != policy.vocabulary:
+        raise UserError(
+            f"learner.objective.reference {str(objective.reference)!r} has {frozen.vocabulary} tokens, the trained"
+            f" model {policy.vocabulary}; give a model with the same tokenizer"
+        )
+    frozen.model.requires_grad_(False)
+    narrow_frozen(frozen.model, frozen.dtype)
+    return partial(_scores, frozen)
+
+
+def _scores(model: Policy, batch: MicroBatch) -> Tensor:
+    with torch.no_grad():
+        hidden_NE = model.hidden(batch.tokens_N, batch.positions_N, batch.plan)
+    return score(model.head, hidden_NE, batch).logp_T

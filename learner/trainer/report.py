@@ -1,0 +1,120 @@
+"""What a training step did, as figures: tokens and arithmetic, memory and time, and how far the policy had moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from learner.trainer.costs import ModelShape, Work
+from learner.trainer.pack import MicroBatch
+from matpo.objective import PolicyReport, policy_report, reference_kl
+from protocols.records import Record
+
+
+class WorkReport(Record):
+    """The plan of a step. Arithmetic is that of one forward and backward pass over all of it (`ModelShape.flops`),
+    recomputation not counted."""
+
+    micro_batches: int
+    tokens: int
+    """Input tokens of the trained sequences."""
+    unique_tokens: int
+    """Of those, computed once each."""
+    padded_tokens: int
+    """Had nothing been shared and every sequence been padded to the longest of its eight."""
+    attended_tokens: int
+    """Tokens attention ran over, its padding included."""
+    sampled_tokens: int
+    scored_tokens: int
+    """Distinct (prefix, sampled token) pairs the head computed."""
+    flops: int
+    packed_flops: int
+    """Had nothing been shared, without padding."""
+    padded_flops: int
+    """Had nothing been shared, with padding."""
+
+
+class StepReport(WorkReport):
+    """One step. Figures of the policy are those before its first optimizer step."""
+
+    step: int
+    loss: float
+    """Σ w ℓ over the step's sampled tokens."""
+    grad_norm: float
+    """Before clipping, of the first optimizer step."""
+    lr: float
+    updates: int
+    """Optimizer steps taken; fewer than configured when a gradient was not finite or nothing was sampled."""
+    recomputed_micro_batches: int
+    """Whose activations did not fit, so that layers were computed twice."""
+    reference_s: float
+    """Forward passes of the reference model."""
+    forward_s: float
+    backward_s: float
+    """Head included."""
+    optimizer_s: float
+    peak_bytes: int
+    """Most memory at once during the step: tensors on a GPU, otherwise all the trainer has resident."""
+    reference_kl: float | None
+    """Mean k3 estimate of KL(π‖reference) in nats per sampled token, where the objective has that term."""
+    roles: dict[str, PolicyReport]
+
+
+@dataclass(slots=True)
+class Pass:
+    """What one pass over the micro-batches adds up to; lists have one entry per micro-batch."""
+
+    loss: float = 0.0
+    logp: list[Tensor] = field(default_factory=list)
+    entropy: list[Tensor] = field(default_factory=list)
+    masked: list[Tensor] = field(default_factory=list)
+    recomputed: int = 0
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+
+
+def work_report(batches: Sequence[MicroBatch], shape: ModelShape) -> WorkReport:
+    """Of one pass over some micro-batches."""
+    computed = sum((batch.computed for batch in batches), Work())
+    packed = sum((batch.packed for batch in batches), Work())
+    padded = sum((batch.padded for batch in batches), Work())
+    return WorkReport(
+        micro_batches=len(batches),
+        tokens=packed.tokens,
+        unique_tokens=computed.tokens,
+        padded_tokens=padded.tokens,
+        attended_tokens=sum(batch.plan.rows for batch in batches),
+        sampled_tokens=packed.scored,
+        scored_tokens=computed.scored,
+        flops=shape.flops(computed),
+        packed_flops=shape.flops(packed),
+        padded_flops=shape.flops(padded),
+    )
+
+
+def mean_reference_kl(done: Pass, reference: Sequence[Tensor]) -> float | None:
+    """Of all sampled tokens, given the reference's log-probabilities per micro-batch; None without them."""
+    if not reference:
+        return None
+    return reference_kl(torch.cat(done.logp), torch.cat(list(reference))).double().mean().item()
+
+
+def role_reports(batches: Sequence[MicroBatch], first: Pass) -> Iterator[tuple[str, PolicyReport]]:
+    """Per role that has sampled tokens, the figures over them."""
+    for role in sorted({role for batch in batches for role in batch.roles}):
+        at = [
+            b.role_T == b.roles.index(role) if role in b.roles else torch.zeros_like(b.role_T).bool() for b in batches
+        ]
+        yield (
+            role,
+            policy_report(
+                logp_T=torch.cat([x[m] for x, m in zip(first.logp, at, strict=True)]),
+                behaviour_T=torch.cat([b.behaviour_T[m] for b, m in zip(batches, at, strict=True)]),
+                entropy_T=torch.cat([x[m] for x, m in zip(first.entropy, at, strict=True)]),
+                masked_T=torch.cat([x[m] for x, m in zip(first.masked, at, strict=True)]),
+                advantage_T=torch.cat([b.advantage_T[m] for b, m in zip(batches, at, strict=True)]),
+            ),
+        )
