@@ -65,7 +65,7 @@ def plan(
 
     A micro-batch computes at most `limit_tokens` distinct tokens (a longer sequence gets one of its own). One rank: the
     least arithmetic in all. Several: the n-th micro-batches of all ranks cost about the same, and the plan is the one
-    that ends first when all wait for the slowest. A micro-batch is empty only if there are fewer samples than ranks.
+    that ends first when all wait for the slowest. A micro-batch is empty only if no other holds two samples.
     """
     if not samples:
         return ((),) * ranks

@@ -95,6 +95,44 @@ def test_every_objective_is_the_plain_policy_gradient_on_policy(objective: Objec
     assert masked == [False, False]
 
 
+def test_the_reference_term_is_k3_and_pulls_towards_the_reference() -> None:
+    logp_T = torch.tensor([0.2, 0.5, 0.8]).log().requires_grad_()
+    terms = token_loss(
+        Tis(reference_kl=2.0),
+        logp_T,
+        old_logp_T=None,
+        behaviour_T=logp_T.detach(),
+        advantage_T=torch.zeros(3),
+        reference_logp_T=torch.tensor([0.4, 0.5, 0.4]).log(),
+    )
+    # ratio r = reference / π = 2, 1, ½; loss 2·(r − 1 − log r), slope in log π 2·(1 − r)
+    assert terms.loss_T.tolist() == pytest.approx([2 * (1 - math.log(2)), 0.0, 2 * (math.log(2) - 0.5)])
+    (slope_T,) = torch.autograd.grad(terms.loss_T.sum(), logp_T)
+    assert slope_T.tolist() == pytest.approx([-2.0, 0.0, 1.0])
+    assert not terms.masked_T.any()
+
+
+def test_the_entropy_bonus_is_taken_off_the_loss_of_every_token() -> None:
+    logp_T, entropy_T = torch.tensor([0.5]).log(), torch.tensor([0.7], requires_grad=True)
+    terms = token_loss(
+        Dppo(tau=0.0, entropy_bonus=0.1),
+        logp_T,
+        old_logp_T=None,
+        behaviour_T=logp_T,
+        advantage_T=torch.ones(1),
+        entropy_T=entropy_T,
+    )
+    assert terms.loss_T.tolist() == pytest.approx([math.log(2) - 0.07])
+    (slope_T,) = torch.autograd.grad(terms.loss_T.sum(), entropy_T)
+    assert slope_T.tolist() == pytest.approx([-0.1])
+
+
+def test_a_term_whose_input_is_missing_is_refused() -> None:
+    for objective, match in ((Tis(reference_kl=1.0), "reference model"), (Tis(entropy_bonus=1.0), "entropy")):
+        with pytest.raises(ValueError, match=match):
+            at(objective, pi=[0.5], mu=[0.5], advantage=[1.0])
+
+
 def test_only_the_decoupled_objective_needs_the_old_policy() -> None:
     assert [needs_old_policy(o) for o in (Dppo(), Clip(), Decoupled(), Tis())] == [False, False, True, False]
 

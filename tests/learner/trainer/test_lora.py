@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from learner.trainer import replay
 from learner.trainer.checkpoint import Checkpoints
 from learner.trainer.lora import Adapter
-from learner.trainer.model import Policy
+from learner.trainer.model import Policy, narrow_frozen
 from learner.trainer.pack import Sample, pack
 from learner.trainer.publish import Publisher, to_weights
 from learner.trainer.step import accumulate, make_optimizer, train_step
@@ -133,7 +133,7 @@ def test_a_base_kept_in_bfloat16_gives_the_same_numbers_bit_for_bit() -> None:
     kept = {name: p.dtype for name, p in narrow.adapter.base.items()}
     assert kept["model.layers.0.self_attn.k_proj.weight"] == torch.bfloat16
     assert kept["model.embed_tokens.weight"] == kept["model.norm.weight"] == torch.float32
-    wide.adapter.narrow(torch.float32)
+    narrow_frozen(wide.model, torch.float32)
     with torch.no_grad():  # the weights as they were before they were rounded
         for name, p in tiny_model("qwen3").named_parameters():
             wide.adapter.base[name].copy_(p)

@@ -80,7 +80,7 @@ def test_a_later_optimizer_step_of_a_batch_measures_against_the_policy_at_the_st
     first = accumulate(policy, batches, Decoupled())
     with torch.no_grad():
         policy.parameters["model.layers.0.mlp.up_proj.weight"].mul_(3.0)
-    moved = accumulate(policy, batches, Decoupled(), first)
+    moved = accumulate(policy, batches, Decoupled(), old=first)
     (behaviour, weight, advantage) = (batches[0].behaviour_T, batches[0].weight_T, batches[0].advantage_T)
     ratio = (moved.logp[0] - first.logp[0]).exp()
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
