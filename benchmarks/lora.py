@@ -23,7 +23,8 @@ import torch
 
 from benchmarks.weights import SMOLLM2, load_model
 from learner.trainer.model import Policy
-from learner.trainer.pack import MicroBatch, Sample, pack
+from learner.trainer.pack import MicroBatch, pack
+from learner.trainer.plan import Sample
 from learner.trainer.publish import Publisher
 from learner.trainer.setup import make_deterministic
 from learner.trainer.step import accumulate, make_optimizer, train_step

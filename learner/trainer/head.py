@@ -70,22 +70,31 @@ def score_and_backward(head: Head, hidden_NE: Tensor, batch: MicroBatch, loss: C
     A frozen head gets no gradient, and the time for it is saved.
     """
     hidden_grad_NE = torch.zeros_like(hidden_NE, dtype=torch.float32)
-    trained = [p for p in (head.weight, head.bias) if p is not None and p.requires_grad]
-    for parameter in trained:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+    weight_grad_VE, bias_grad_V = _grad(head.weight), None if head.bias is None else _grad(head.bias)
     scores = Scores(torch.empty_like(batch.behaviour_T), torch.empty_like(batch.behaviour_T))
     for chunk in _chunks(head, hidden_NE, batch):
         grad_CV = _logit_gradient(chunk, loss, scores).to(head.dtype)
         hidden_grad_NE.index_add_(0, chunk.predictor_C, (grad_CV @ chunk.weight_VE).float())
-        for parameter in trained:
-            if parameter is head.bias:
-                parameter.grad += grad_CV.sum(dim=0)
-            elif head.dtype == torch.float32:
-                parameter.grad.addmm_(grad_CV.T, chunk.hidden_CE)
-            else:
-                parameter.grad += grad_CV.T @ chunk.hidden_CE
+        if weight_grad_VE is not None:
+            _add_product(weight_grad_VE, grad_CV.T, chunk.hidden_CE)
+        if bias_grad_V is not None:
+            bias_grad_V += grad_CV.sum(dim=0)
     return scores, hidden_grad_NE
+
+
+def _grad(parameter: torch.nn.Parameter) -> Tensor | None:
+    """Where its gradient is summed up; None if it is frozen."""
+    if parameter.requires_grad and parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _add_product(total_VE: Tensor, left_VC: Tensor, right_CE: Tensor) -> None:
+    """In float32 without a tensor for the product."""
+    if left_VC.dtype == total_VE.dtype:
+        total_VE.addmm_(left_VC, right_CE)
+    else:
+        total_VE += left_VC @ right_CE
 
 
 @dataclass(frozen=True, slots=True, eq=False)

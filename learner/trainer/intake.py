@@ -52,6 +52,9 @@ class StepInput:
     """Everything one step needs."""
 
     micro_batches: tuple[MicroBatch, ...]
+    """Of the rank that asked."""
+    samples: tuple[Sample, ...]
+    """Of all ranks."""
     trained: tuple[str, ...]
     """Ids of the trees in the loss."""
     filtered: tuple[tuple[str, str], ...]
@@ -116,6 +119,7 @@ def prepare(
             ranks=ranks,
             rank=rank,
         ),
+        samples=tuple(samples),
         trained=tuple(tree.tree_id for tree in ordered if tree.tree_id not in filtered),
         filtered=tuple(filtered.items()),
         report=_report(groups, len(filtered), len(samples), current),

@@ -45,7 +45,7 @@ class Recompute:
         switch = cls(mode, device)
         for layer in body.modules():
             if isinstance(layer, GradientCheckpointingLayer):
-                layer.forward = partial(switch._forward, layer.forward)  # type: ignore[method-assign]  # of one object
+                layer.forward = partial(switch._forward, layer.forward)
                 switch.layers += 1
         if mode == "always" and not switch.layers:
             raise UserError(

@@ -17,7 +17,8 @@ from learner.trainer import replay
 from learner.trainer.checkpoint import Checkpoints
 from learner.trainer.lora import Adapter
 from learner.trainer.model import Policy, narrow_frozen
-from learner.trainer.pack import Sample, pack
+from learner.trainer.pack import pack
+from learner.trainer.plan import Sample
 from learner.trainer.publish import Publisher, to_weights
 from learner.trainer.step import accumulate, make_optimizer, train_step
 from matpo.adapters import adapter_shapes, merged, read_adapter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.learner.trainer import test_step
 from tests.learner.trainer.models import tiny_model
 from tests.learner.trainer.test_exactness import CPU, random_rows, relative_difference
 
-MODEL = "qwen3"
+MODEL: Final = "qwen3"
 
 
 def direct_gradient(policy: Policy, batches: tuple[MicroBatch, ...], objective: Tis, reference: Policy | None) -> dict[
