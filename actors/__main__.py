@@ -35,12 +35,15 @@ from matpo.errors import UserError, run_command
 from matpo.load import load_config
 from matpo.logs import configure_logs
 from matpo.model_files import model_folder, tokenizer_digest
+from matpo.owner import UNOWNED, Owner, add_owned
 from protocols.channel import ChannelError, HubClient
 from protocols.keys import ActorKeys, BadKeys
 from protocols.messages import PROTOCOL, Hello, Lease
 from protocols.records import EpisodeTree
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+PATIENCE_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +54,10 @@ class Place:
     hub: str
     state: Path
     actor_id: str
-    patience_s: float = 20.0
+    patience_s: float = PATIENCE_S
     """How long the hub may take to let the actor in."""
+    owner: Owner = UNOWNED
+    """Who keeps it alive."""
 
 
 async def run_actor(place: Place) -> None:
@@ -99,6 +104,7 @@ async def run_actor(place: Place) -> None:
         session = Session(client, hello, welcome, outbox=outbox, player=player, follower=follower)
         log.info("ready", hub=place.hub, run=welcome.run, outbox_trees=len(outbox))
         tasks = await enter(anyio.create_task_group())
+        tasks.start_soon(place.owner.beat_forever, name="beats")
         tasks.start_soon(session.listen, name="listen")
         tasks.start_soon(session.beat, engine, name="heartbeats")
         tasks.start_soon(session.ask, name="ask for work")
@@ -148,6 +154,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Place, Path | None]:
     parser.add_argument("--hub", required=True, help="tcp://HOST:PORT, as matpo-learner prints it")
     parser.add_argument("--state", type=Path, help="folder for outbox and log (default: run.dir/actors, log on stderr)")
     parser.add_argument("--actor-id", default=socket.gethostname(), help="unique among the run's actors")
+    parser.add_argument("--patience-s", type=float, default=PATIENCE_S, help="how long the hub may take to let us in")
+    add_owned(parser)
     given = parser.parse_intermixed_args(arguments)
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given.actor_id):
         raise UserError(
@@ -155,7 +163,15 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Place, Path | None]:
         )
     config = load_config(given.config, given.overrides)
     log_file = given.state / "logs" / f"{given.actor_id}.jsonl" if given.state else None
-    return Place(config, given.hub, given.state or config.run.dir / "actors", given.actor_id), log_file
+    place = Place(
+        config,
+        given.hub,
+        given.state or config.run.dir / "actors",
+        given.actor_id,
+        patience_s=given.patience_s,
+        owner=Owner.at_standard_input(owned=given.owned),
+    )
+    return place, log_file
 
 
 def run() -> int:

@@ -13,11 +13,16 @@ from pathlib import Path
 
 import anyio
 
-from learner.supervisor import Child, Supervisor
+from learner.supervisor import Supervisor
 from matpo.errors import UserError, run_command
 from matpo.folder import RunFolder
+from matpo.keeper import Kept, Patience, always
 from matpo.load import load_config
 from matpo.logs import configure_logs
+from matpo.owner import Owner, add_owned
+
+TRAINER_PATIENCE = Patience(frozen_s=120.0)
+"""A trainer is silent only while no thread of it runs; loading a large model may stop them for a while."""
 
 
 def main() -> None:
@@ -31,18 +36,33 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("config", type=Path, nargs="?", help="TOML file; not needed with --run")
     parser.add_argument("override", nargs="*", help="section.key=value")
     parser.add_argument("--run", type=Path, metavar="RUN", help="start or go on in this run's folder")
+    add_owned(parser)
     options = parser.parse_intermixed_args(arguments)
     folder = prepare(options.config, options.override, options.run)
     configure_logs(folder.log("learner"), "learner")
     sys.stderr.write(f"run folder {folder.path}\n")
-    place = ["--run", str(folder.path)]
-    supervisor = Supervisor(
-        hub=Child("hub", (sys.executable, "-m", "learner.hub", *place)),
-        trainer=Child("trainer", (sys.executable, "-m", "learner.trainer", *place)),
-        output=folder.path / "logs",
-        environment=dict(os.environ),
+    owner = Owner.at_standard_input(owned=options.owned)
+    return anyio.run(supervisor(folder, owner).run)
+
+
+def supervisor(folder: RunFolder, owner: Owner) -> Supervisor:
+    """Hub and trainer of a run."""
+    logs, place = folder.path / "logs", ("--run", str(folder.path))
+    hub = Kept(
+        "hub",
+        always(sys.executable, "-m", "learner.hub", *place),
+        output=logs / "hub.out",
+        environment=os.environ,
     )
-    return anyio.run(supervisor.run)
+    trainer = Kept(
+        "trainer",
+        always(sys.executable, "-m", "learner.trainer", *place),
+        output=logs / "trainer.out",
+        environment=os.environ,
+        patience=TRAINER_PATIENCE,
+        outlived_by=[hub],
+    )
+    return Supervisor(hub=hub, trainer=trainer, owner=owner)
 
 
 def prepare(config: Path | None, overrides: Sequence[str], run: Path | None) -> RunFolder:

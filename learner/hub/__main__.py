@@ -32,6 +32,7 @@ from matpo.load import load_config
 from matpo.logs import configure_logs
 from matpo.metrics import MetricsFile
 from matpo.model_files import tokenizer_digest
+from matpo.owner import Owner, add_owned
 from protocols.channel import CannotListen, ChannelError, HubSocket
 from protocols.keys import BadKeys, HubKeys
 
@@ -48,11 +49,14 @@ LONGEST_IPC_BYTES = 90
 def main() -> int:
     parser = argparse.ArgumentParser(prog="learner.hub", description="The hub of one run.")
     parser.add_argument("--run", type=Path, required=True, help="the run's folder")
-    folder = RunFolder.existing(parser.parse_args().run.resolve())
+    add_owned(parser)
+    options = parser.parse_args()
+    owner = Owner.at_standard_input(owned=options.owned)
+    folder = RunFolder.existing(options.run.resolve())
     config = load_config(folder.config)
     configure_logs(folder.log("hub"), "hub")
     try:
-        return anyio.run(serve, config, folder, backend_options={"use_uvloop": True})
+        return anyio.run(serve, config, folder, owner, backend_options={"use_uvloop": True})
     except GIVE_UP as error:
         return give_up(folder, error)
     except BaseExceptionGroup as group:
@@ -71,7 +75,7 @@ def give_up(folder: RunFolder, error: Exception) -> int:
     return JOURNAL_FAILED
 
 
-async def serve(config: Config, folder: RunFolder) -> int:
+async def serve(config: Config, folder: RunFolder, owner: Owner) -> int:
     """Open everything, serve the run, and write its summary when it is complete."""
     train = load_tasks(config.data.train, seed=config.run.seed)
     evaluation = load_tasks(config.data.evaluation, seed=config.run.seed)
@@ -93,7 +97,13 @@ async def serve(config: Config, folder: RunFolder) -> int:
             sockets: dict[Side, HubSocket] = {"actors": actors, "trainer": trainer}
             metrics = MetricsFile(folder.metrics)
             service = Service(
-                hub, journal, metrics, sockets=sockets, steps=config.run.steps, heartbeat_s=config.hub.heartbeat_s
+                hub,
+                journal,
+                metrics,
+                sockets=sockets,
+                steps=config.run.steps,
+                heartbeat_s=config.hub.heartbeat_s,
+                beat=owner.beat,
             )
             complete = await service.run()
             metrics.close()

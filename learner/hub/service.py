@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import anyio
@@ -53,13 +54,15 @@ class Service:
 
     def __init__(
         self, hub: Hub, journal: Journal, metrics: MetricsFile, *, sockets: dict[Side, HubSocket], steps: int,
-        heartbeat_s: float,
+        heartbeat_s: float, beat: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
+        """`beat` is called in every round, at least four times a second as long as the hub is not stuck."""
         self._hub = hub
         self._journal = journal
         self._metrics = metrics
         self._sockets = sockets
         self._heartbeat_s = heartbeat_s
+        self._beat = beat
         self._waits = WaitBook()
         now_s = time.monotonic()
         refused: tuple[dict[str, int], ...] = tuple(socket.refused for socket in sockets.values())
@@ -85,6 +88,7 @@ class Service:
             events = [*self._undelivered, await inbox.receive()]
             self._undelivered = []
             events += _waiting(inbox)
+            self._beat()
             now_s, at = time.monotonic(), time.time()
             with self._journal.transaction():
                 interrupted = self._handle(events, now_s=now_s, at=at)

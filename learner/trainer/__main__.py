@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 import structlog
 
@@ -26,6 +27,7 @@ from matpo.folder import RunFolder
 from matpo.load import load_config
 from matpo.logs import configure_logs
 from matpo.metrics import MetricsFile
+from matpo.owner import Owner, add_owned
 from protocols.channel import ChannelError
 from protocols.records import version_of
 
@@ -115,12 +117,15 @@ def run(arguments: Sequence[str]) -> int:
     on itself start it again."""
     parser = argparse.ArgumentParser(prog="python -m learner.trainer", description=__doc__)
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="folder of the run")
-    folder = RunFolder.existing(parser.parse_args(arguments).run)
+    add_owned(parser)
+    options = parser.parse_args(arguments)
+    owner = Owner.at_standard_input(owned=options.owned)
+    folder = RunFolder.existing(options.run)
     config = load_config(folder.config)
     configure_logs(folder.log("trainer"), "trainer")
     stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
+    stop_on_signals(stopping)
+    owner.beat_from_a_thread()
     metrics = MetricsFile(folder.metrics)
     try:
         train(folder, config, metrics, stopping)
@@ -131,6 +136,17 @@ def run(arguments: Sequence[str]) -> int:
     finally:
         metrics.close()
     return INTERRUPTED if stopping.is_set() else 0
+
+
+def stop_on_signals(stopping: threading.Event) -> None:
+    """The first SIGTERM or SIGINT stops between two steps and saves; a second one ends the process at once."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        stopping.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
 
 
 if __name__ == "__main__":

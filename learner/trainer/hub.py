@@ -111,7 +111,7 @@ class Hub:
                 answer, frames = self._link.request(message, deadline_s=PATIENCE_S, waiting_for=waiting_for)
             except HubSilent as error:
                 log.warning("hub silent", waiting_for=waiting_for, reason=str(error))
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or self._stopping.is_set():  # a step the ledger lacks is taken again
                     raise
                 self._follow()
                 continue

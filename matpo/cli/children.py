@@ -1,151 +1,149 @@
-"""The processes of a run on this machine: started in their own sessions, watched, and ended by their own ids."""
+"""The processes of a run on this machine: the learner and its actors, each kept alive until the run is over."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
 
 import anyio
-from anyio.abc import Process
 
 from matpo.config import Config
 from matpo.errors import UserError
 from matpo.folder import HubAddress, RunFolder
+from matpo.keeper import Command, Kept
 
-HUB_START_LIMIT_S = 120.0
+HUB_START_LIMIT_S: Final = 120.0
 """The learner imports torch and opens the journal before its hub listens."""
-ACTOR_LEAVE_LIMIT_S = 20.0
-RESTART_PAUSE_S = (1.0, 2.0, 4.0, 8.0)
-"""Before the first, second, … restart in a row; an actor that dies once more stops the run."""
-HEALTHY_S = 60.0
-"""An actor that lived so long starts its restarts afresh."""
-USER_ERROR = 2
+HUB_LEAVE_LIMIT_S: Final = 120.0
+"""A hub and a trainer whose learner was killed finish their step, save and leave."""
+ACTOR_PATIENCE_S: Final = 120.0
+"""A hub that froze is found and started again meanwhile."""
+ACTOR_LEAVE_LIMIT_S: Final = 20.0
+AT_ONCE_S: Final = 3.0
+LOOK_EVERY_S: Final = 0.1
+"""Another process writes and removes the hub's address; there is nothing here to wait on."""
 
 
 @dataclass(slots=True)
 class Children:
-    """Starts the learner and the actors of one run and knows which are alive."""
+    """Used in a `with`, at whose end every child that is left is killed."""
 
     config: Config
     folder: RunFolder
-    alive: dict[str, Process]
-    stopping: bool = False
+    leaving: anyio.Event = field(default_factory=anyio.Event)
+    """Set once no child is to be started again."""
+    interrupted: bool = False
+    learner: Kept = field(init=False)
+    actors: list[Kept] = field(init=False)
+    _all_left: ExitStack = field(default_factory=ExitStack)
 
-    async def start(self, name: str, arguments: Sequence[str], *, threads: int) -> Process:
-        """Start `python -m …` with its output in RUN/logs/NAME.out."""
-        output = self.folder.path / "logs" / f"{name}.out"
-        output.parent.mkdir(exist_ok=True)
+    def __post_init__(self) -> None:
+        self.learner = self._kept("learner", self._learner_command, threads=1)
+        threads = self.config.actor.engine.threads
+        names = [f"actor-{number}" for number in range(self.config.actor.count)]
+        self.actors = [self._kept(name, self._actor_command(name), threads=threads) for name in names]
+
+    def __enter__(self) -> Self:
+        for child in (self.learner, *self.actors):
+            self._all_left.enter_context(child)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._all_left.close()
+
+    async def keep(self) -> None:
+        """Keep all of them alive until the learner is done, and see the actors off."""
+        async with anyio.create_task_group() as actors:
+            for actor in self.actors:
+                actors.start_soon(self._keep_actor, actor, name=actor.name)
+            code = await self.learner.keep(self.leaving)
+            self.leaving.set()
+            if code != 0 and not self.interrupted:
+                raise UserError(f"the learner ended with code {code}: {self.learner.last_words()}")
+            async with anyio.create_task_group() as leavers:
+                for actor in self.actors:
+                    leavers.start_soon(self._see_off, actor)
+
+    def drain(self) -> None:
+        """Ask every child to finish or return what it holds and leave."""
+        self.interrupted = True
+        self.leaving.set()
+        for child in (self.learner, *self.actors):
+            child.signal(signal.SIGTERM)
+
+    async def end_at_once(self) -> None:
+        """For children that drain already: the second signal ends each of them at once; then what is left is killed."""
+        self.drain()
+        with anyio.move_on_after(AT_ONCE_S):
+            for child in (self.learner, *self.actors):
+                await child.wait()
+        for child in (self.learner, *self.actors):
+            child.kill()
+
+    async def _keep_actor(self, actor: Kept) -> None:
+        try:
+            await actor.keep(self.leaving)
+        except UserError:
+            if not self.leaving.is_set():  # an actor that starts while its hub ends is refused
+                raise
+
+    async def _see_off(self, actor: Kept) -> None:
+        """The hub has sent the actors home: who does not go by itself is told, then killed."""
+        with anyio.move_on_after(ACTOR_LEAVE_LIMIT_S):
+            await actor.wait()
+        await actor.end(0)
+
+    async def _learner_command(self) -> Sequence[str]:
+        """A learner that was killed leaves a hub and a trainer that end by themselves; the next waits for that."""
+        with anyio.move_on_after(HUB_LEAVE_LIMIT_S):
+            while True:
+                if self.folder.hub_address() is None:
+                    break
+                await anyio.sleep(LOOK_EVERY_S)
+        return sys.executable, "-m", "learner", str(self.folder.config), "--run", str(self.folder.path)
+
+    def _actor_command(self, name: str) -> Command:
+        async def command() -> Sequence[str]:
+            address = await self._hub_address()
+            if address is None:
+                return ()
+            words = [sys.executable, "-m", "actors", str(self.folder.config), "--hub", address.endpoint]
+            words += ["--state", str(self.folder.path), "--actor-id", name, "--patience-s", str(ACTOR_PATIENCE_S)]
+            weights = self.config.actor.weights
+            if weights.folder is None and weights.relay is None:  # the learner's files are here: no need to send them
+                words.append(f"actor.weights.folder={self.folder.weights.resolve()}")
+            return words
+
+        return command
+
+    async def _hub_address(self) -> HubAddress | None:
+        """Where the hub listens; None when the run ended first. Raises `UserError` after two minutes."""
+        with anyio.move_on_after(HUB_START_LIMIT_S):
+            while not self.leaving.is_set():
+                address = self.folder.hub_address()
+                if address is not None:
+                    return address
+                await anyio.sleep(LOOK_EVERY_S)
+            return None
+        raise UserError(f"the hub did not listen within {HUB_START_LIMIT_S:g} s: {self.learner.last_words()}")
+
+    def _kept(self, name: str, command: Command, *, threads: int) -> Kept:
+        """A child whose output goes to RUN/logs/NAME.out."""
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
         }
-        with output.open("ab") as sink:
-            process = await anyio.open_process(
-                [sys.executable, "-m", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                env=environment,
-                start_new_session=True,
-            )
-        self.alive[name] = process
-        return process
-
-    async def learner(self, finished: anyio.Event) -> None:
-        """Run the learner to its end; its failure is the run's failure."""
-        process = await self.start(
-            "learner", ["learner", str(self.folder.config), "--run", str(self.folder.path)], threads=1
-        )
-        code = await process.wait()
-        self.alive.pop("learner", None)
-        finished.set()
-        if code == USER_ERROR:
-            raise UserError(self.last_words("learner"))
-        if code != 0 and not self.stopping:
-            raise UserError(f"the learner ended with code {code}: {self.last_words('learner')}")
-
-    async def actor(self, number: int, finished: anyio.Event) -> None:
-        """Keep one actor alive until the learner is finished."""
-        name = f"actor-{number}"
-        deaths = 0  # in a row
-        while not finished.is_set() and not self.stopping:
-            address = await self.hub_address(finished)
-            if address is None:
-                return
-            began = anyio.current_time()
-            process = await self.start(name, self._actor_arguments(name, address), threads=self._actor_threads())
-            code = await process.wait()
-            self.alive.pop(name, None)
-            if code == USER_ERROR:
-                raise UserError(f"{name} could not go on: {self.last_words(name)}")
-            if code == 0 or self.stopping:
-                return
-            deaths = 1 if anyio.current_time() - began > HEALTHY_S else deaths + 1
-            if deaths > len(RESTART_PAUSE_S):
-                raise UserError(f"{name} died {deaths} times in a row, last with code {code}: {self.last_words(name)}")
-            pause_s = RESTART_PAUSE_S[deaths - 1]
-            with anyio.move_on_after(pause_s):
-                await finished.wait()
-
-    async def hub_address(self, finished: anyio.Event) -> HubAddress | None:
-        """Where the hub listens; None when the learner ended first. Raises `UserError` after two minutes."""
-        with anyio.move_on_after(HUB_START_LIMIT_S):
-            while not finished.is_set() and not self.stopping:
-                address = self.folder.hub_address()
-                if address is not None:
-                    return address
-                await anyio.sleep(0.1)  # another process writes the file; there is nothing here to wait on
-            return None
-        raise UserError(f"the hub did not listen within {HUB_START_LIMIT_S:g} s: {self.last_words('learner')}")
-
-    async def wait_for_leavers(self) -> None:
-        """Give the actors time to leave by themselves, then end what is left."""
-        with anyio.move_on_after(ACTOR_LEAVE_LIMIT_S):
-            for process in list(self.alive.values()):
-                await process.wait()
-        self.kill()
-
-    def drain(self) -> None:
-        """Ask every child to finish or return what it holds and leave."""
-        self.stopping = True
-        self._signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """End every child and what it started, at once."""
-        self.stopping = True
-        self._signal(signal.SIGKILL)
-
-    def last_words(self, name: str) -> str:
-        """The last line a child printed: its one-line error, if it had one to give."""
-        output = self.folder.path / "logs" / f"{name}.out"
-        lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if output.is_file() else []
-        return lines[-1].removeprefix("error: ") if lines else f"it printed nothing; see {output.parent}"
-
-    def _signal(self, number: signal.Signals) -> None:
-        for process in self.alive.values():
-            try:
-                if number == signal.SIGKILL:
-                    os.killpg(process.pid, number)  # each child leads its own session
-                else:
-                    process.send_signal(number)
-            except ProcessLookupError:
-                continue
-
-    def _actor_arguments(self, name: str, address: HubAddress) -> list[str]:
-        place = ["--state", str(self.folder.path), "--actor-id", name]
-        weights = self.config.actor.weights
-        if weights.folder is None and weights.relay is None:  # the learner's files are here: no need to send them
-            place.append(f"actor.weights.folder={self.folder.weights.resolve()}")
-        return ["actors", str(self.folder.config), "--hub", address.endpoint, *place]
-
-    def _actor_threads(self) -> int:
-        return self.config.actor.engine.threads
+        return Kept(name, command, output=self.folder.path / "logs" / f"{name}.out", environment=environment)
 
 
 def shown_path(path: Path) -> str:

@@ -20,6 +20,7 @@ from matpo.datasets.load import load_tasks
 from matpo.errors import UserError, first_error
 from matpo.folder import RunFolder
 from matpo.load import load_config
+from matpo.logs import configure_logs
 from matpo.model_files import require_model_files
 from protocols.keys import BadKeys, HubKeys
 from protocols.refusals import ChannelError, check_listen
@@ -43,6 +44,7 @@ def run(config_path: Path, overrides: Sequence[str], *, resume: Path | None, dry
             console.print(f"{config_path}: everything that can be checked without training is in order")
         return code
     folder = old if old is not None else RunFolder.create(config)
+    configure_logs(folder.log("run"), "run")
     console.print(f"run folder [bold]{shown_path(folder.path)}[/bold]  (Ctrl-C stops and saves)")
     began = time.monotonic()
     interrupted = _unwrap(lambda: anyio.run(_supervise, config, folder, console, backend_options={"use_uvloop": True}))
@@ -73,30 +75,21 @@ def check_tools(config_path: Path, overrides: Sequence[str]) -> int:
 
 async def _supervise(config: Config, folder: RunFolder, console: Console) -> bool:
     """Run the children to the end of the run; True if a signal ended it."""
-    children = Children(config, folder, {})
-    finished = anyio.Event()
-    try:
+    with Children(config, folder) as children:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_heed_signals, children, console, name="signals")
             tasks.start_soon(Display(config, folder, console).follow, name="display")
-            async with anyio.create_task_group() as processes:
-                processes.start_soon(children.learner, finished, name="learner")
-                for number in range(config.actor.count):
-                    processes.start_soon(children.actor, number, finished, name=f"actor-{number}")
-                await finished.wait()
-                await children.wait_for_leavers()
+            await children.keep()
             tasks.cancel_scope.cancel()
-    finally:
-        children.kill()
-    return children.stopping and not folder.summary.is_file()
+    return children.interrupted and not folder.summary.is_file()
 
 
 async def _heed_signals(children: Children, console: Console) -> None:
     """The first Ctrl-C drains, the second ends everything at once."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async for _ in signals:
-            if children.stopping:
-                children.kill()
+            if children.interrupted:
+                await children.end_at_once()
             else:
                 console.print("stopping: the learner saves, the actors return their work (Ctrl-C again ends at once)")
                 children.drain()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
 import pytest
 
 from learner.__main__ import prepare
-from learner.supervisor import Child, Supervisor
+from learner.supervisor import Supervisor
 from matpo.errors import UserError
+from matpo.keeper import Kept, Patience, always
+from matpo.owner import UNOWNED
 
 PRELUDE = """
 import os, signal, sys, time
@@ -35,16 +38,22 @@ FOREVER = "\n(here / (name + '.up')).touch()\nwhile True: time.sleep(0.05)"
 
 
 def supervisor(folder: Path, *, hub: str, trainer: str) -> Supervisor:
-    def child(name: str, script: str) -> Child:
+    def child(name: str, script: str, outlived_by: Sequence[Kept] = ()) -> Kept:
         source = PRELUDE.format(folder=str(folder)) + f"name = {name!r}\n" + script
-        return Child(name, (sys.executable, "-S", "-c", source))
+        return Kept(
+            name,
+            always(sys.executable, "-S", "-c", source),
+            output=folder / "logs" / f"{name}.out",
+            environment=os.environ,
+            patience=Patience(pauses_s=(0.01,)),
+            outlived_by=outlived_by,
+        )
 
+    kept = child("hub", hub)
     return Supervisor(
-        hub=child("hub", hub),
-        trainer=child("trainer", trainer),
-        output=folder / "logs",
-        environment=dict(os.environ),
-        pauses_s=(0.01,),
+        hub=kept,
+        trainer=child("trainer", trainer, [kept]),
+        owner=UNOWNED,
         trainer_leave_limit_s=5.0,
         hub_leave_limit_s=5.0,
     )
@@ -74,7 +83,7 @@ async def test_a_killed_hub_is_started_again_and_the_trainer_is_left_alone(tmp_p
 
 async def test_something_to_fix_ends_the_learner_with_the_childs_own_words(tmp_path: Path) -> None:
     hub = "print('error: port 1 is taken; set hub.listen', file=sys.stderr)\nsys.exit(2)"
-    with pytest.raises(UserError, match=r"the hub could not go on: port 1 is taken; set hub\.listen"):
+    with pytest.raises(UserError, match=r"hub could not go on: port 1 is taken; set hub\.listen"):
         await finish(supervisor(tmp_path, hub=hub, trainer=FOREVER))
 
 
