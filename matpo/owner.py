@@ -32,7 +32,7 @@ class Owner:
             threading.Thread(target=self._outlive, args=(link,), name="owner", daemon=True).start()
 
     @classmethod
-    def at_standard_input(cls, *, owned: bool) -> Self:
+    def at_standard_input(cls, *, owned: bool, leave_limit_s: float = LEAVE_LIMIT_S) -> Self:
         """Take the link from standard input, which reads as empty afterwards."""
         if not owned:
             return cls(None)
@@ -40,7 +40,7 @@ class Owner:
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
         os.close(nothing)
-        return cls(link)
+        return cls(link, leave_limit_s=leave_limit_s)
 
     def beat(self) -> None:
         """Say that this process goes on; from the first beat on, the owner kills a process that falls silent."""
