@@ -18,7 +18,7 @@ import structlog
 from actors.engines.opening import open_engine
 from actors.episode import play_episode
 from actors.failure import user_error
-from actors.greet import greet
+from actors.greet import SentHome, greet
 from actors.limits import allow_open_files
 from actors.outbox import Outbox
 from actors.play import Player
@@ -78,7 +78,11 @@ async def run_actor(place: Place) -> None:
         client = await enter(
             HubClient.connect(place.hub, identity=place.actor_id, keys=keys, deadline_s=place.patience_s)
         )
-        welcome = await greet(client, hello, deadline_s=place.patience_s)
+        try:
+            welcome = await greet(client, hello, deadline_s=place.patience_s)
+        except SentHome as reason:
+            log.info("sent home", reason=str(reason))
+            return
         engine_log = place.state / "logs" / f"{place.actor_id}-engine.log"
         model, lora = model_folder(config.model), config.model.served_adapter
         engine = await enter(open_engine(model, config.actor.engine, lora=lora, seed=seed, log=engine_log))

@@ -11,8 +11,13 @@ from protocols.messages import Hello, PullHello, Refuse, Welcome
 HELLO_EVERY_S = 2.0
 
 
+class SentHome(UserError):
+    """The run is ending: there is nothing to do here."""
+
+
 async def greet(client: HubClient, hello: Hello | PullHello, *, deadline_s: float) -> Welcome:
-    """Say hello until welcomed. Raises `UserError` when the hub refuses, or says nothing for `deadline_s` seconds."""
+    """Say hello until welcomed. Raises `SentHome` when the run is ending, another `UserError` when the hub refuses, or
+    says nothing for `deadline_s` seconds."""
     with anyio.move_on_after(deadline_s):
         while True:
             await client.send(hello)
@@ -22,7 +27,9 @@ async def greet(client: HubClient, hello: Hello | PullHello, *, deadline_s: floa
                     match message:
                         case Welcome():
                             return message
-                        case Refuse(reason="wrong_config" | "wrong_protocol" | "draining", detail=detail):
+                        case Refuse(reason="draining", detail=detail):
+                            raise SentHome(f"the hub lets nobody in: {detail}")
+                        case Refuse(reason="wrong_config" | "wrong_protocol", detail=detail):
                             who = "actor" if isinstance(hello, Hello) else "relay"
                             raise UserError(f"the hub refused this {who}: {detail}")
                         case _:  # meant for an earlier actor of this name
