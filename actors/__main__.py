@@ -61,7 +61,7 @@ class Place:
 
 
 async def run_actor(place: Place) -> None:
-    """Play for one hub until it, or a signal, sends the actor home. Raises what a user can fix."""
+    """Play for one hub until it, or a signal, sends the actor home. Raises what a user can fix, or `SentHome`."""
     config, folder = place.config, place.state / "outbox" / place.actor_id
     hello = Hello(
         protocol=PROTOCOL,
@@ -78,11 +78,7 @@ async def run_actor(place: Place) -> None:
         client = await enter(
             HubClient.connect(place.hub, identity=place.actor_id, keys=keys, deadline_s=place.patience_s)
         )
-        try:
-            welcome = await greet(client, hello, deadline_s=place.patience_s)
-        except SentHome as reason:
-            log.info("sent home", reason=str(reason))
-            return
+        welcome = await greet(client, hello, deadline_s=place.patience_s)
         engine_log = place.state / "logs" / f"{place.actor_id}-engine.log"
         model, lora = model_folder(config.model), config.model.served_adapter
         engine = await enter(open_engine(model, config.actor.engine, lora=lora, seed=seed, log=engine_log))
@@ -117,13 +113,8 @@ async def run_actor(place: Place) -> None:
         tasks.start_soon(player.run, name="play")
         tasks.start_soon(leave_on_signal, session, name="signals")
         await session.ended.wait()
-        log.info(
-            "leaving",
-            episodes=dict(player.counts),
-            outbox_trees=len(outbox),
-            dropped=dict(outbox.dropped),
-            weights_repaired=dict(follower.failures),
-        )
+        counts = {"episodes": player.counts, "dropped": outbox.dropped, "weights_repaired": follower.failures}
+        log.info("leaving", outbox_trees=len(outbox), **{what: dict(count) for what, count in counts.items()})
         tasks.cancel_scope.cancel()
 
 
@@ -190,6 +181,8 @@ def run() -> int:
         if known is None:
             raise
         raise known from error
+    except SentHome as reason:
+        log.info("sent home", reason=str(reason))
     return 0
 
 

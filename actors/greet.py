@@ -12,7 +12,7 @@ HELLO_EVERY_S = 2.0
 
 
 class SentHome(UserError):
-    """The run is ending: there is nothing to do here."""
+    """The run is ending: nobody is let in any more."""
 
 
 async def greet(client: HubClient, hello: Hello | PullHello, *, deadline_s: float) -> Welcome:

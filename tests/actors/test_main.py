@@ -237,15 +237,13 @@ async def test_a_refused_config_ends_the_actor_with_the_hubs_reason(model_folder
 async def test_an_actor_that_comes_as_the_run_ends_goes_home_without_an_error(
     model_folder: Path, tmp_path: Path
 ) -> None:
-    async with HubSocket.bind("tcp://127.0.0.1:0") as socket, anyio.create_task_group() as tasks:
-
-        async def refuse() -> None:
-            received = await socket.receive()
-            await socket.send(received.peer, Refuse(reason="draining", detail="the run is complete"))
-
-        tasks.start_soon(refuse)
-        with anyio.fail_after(PATIENCE_S):
-            await run_actor(Place(config_for(model_folder), socket.endpoint, tmp_path, "actor-0"))
+    async with HubSocket.bind("tcp://127.0.0.1:0") as socket:
+        words = command(model_folder, tmp_path, socket.endpoint)
+        async with await anyio.open_process(words, cwd=ROOT, stdout=None, stderr=None) as actor:
+            with anyio.fail_after(PATIENCE_S):
+                received = await socket.receive()
+                await socket.send(received.peer, Refuse(reason="draining", detail="the run is complete"))
+                assert await actor.wait() == 0
 
 
 async def test_a_tool_server_that_does_not_start_ends_the_actor_with_its_name(
