@@ -3,7 +3,8 @@ sizes of what the run keeps on disk, as slopes per hour after a warm-up.
 
 `python -m benchmarks.soak [--hours 2] [--quick]`. A slope is the median of the slopes between all pairs of samples
 (Theil-Sen), which a few odd samples cannot move. A quantity is flat when an hour adds less than its `LIMITS` allow;
-metrics and logs grow with every step by design and are only reported. The policy hardly moves (`learner.lr`), so that
+metrics and logs grow with every step by design and are only reported. The journal drops what every checkpoint holds
+(`hub.keep_trained`). The policy hardly moves (`learner.lr`), so that
 the work is the same all the time. Every ten minutes the report so far is written to `--out`; Ctrl-C ends the soak early
 with the report of what there is. The last line is one JSON object.
 """
@@ -34,7 +35,7 @@ from rich.table import Table
 from benchmarks.runs import ROOT, metrics, print_result
 
 CONFIG = ROOT / "configs" / "quickstart.toml"
-OVERRIDES = ["run.steps=1000000", "learner.lr=1e-7"]
+OVERRIDES = ["run.steps=1000000", "learner.lr=1e-7", "hub.keep_trained=drop"]
 QUICK = ["learner.groups_per_step=4", "actor.concurrency=16", "evaluation.questions=12", "evaluation.every_steps=0"]
 WARM_UP = 0.25
 """Share of the soak that no slope looks at: caches fill, the journal reaches its steady size."""
