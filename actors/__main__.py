@@ -82,7 +82,8 @@ async def run_actor(place: Place) -> None:
         engine_log = place.state / "logs" / f"{place.actor_id}-engine.log"
         model, lora = model_folder(config.model), config.model.served_adapter
         engine = await enter(open_engine(model, config.actor.engine, lora=lora, seed=seed, log=engine_log))
-        tools = await enter(ToolPlane.open(config.tools, variables=tool_variables(config, folder=folder / "world")))
+        variables = tool_variables(config, folder=folder / "world")
+        tools = await enter(ToolPlane.open(config.tools, variables=variables, episodes=config.actor.concurrency))
         await enter(reported(tools, place.state / "metrics.jsonl", place.actor_id, every_s=welcome.heartbeat_s))
         stage = Stage.open(config, engine=engine, tools=tools, actor_id=place.actor_id)
         player = Player(

@@ -93,7 +93,7 @@ async def play_all(
         variables = tool_variables(config, folder=Path(folder))
         async with (
             open_engine(model, config.actor.engine, lora=lora, seed=config.run.seed) as engine,
-            ToolPlane.open(config.tools, variables=variables) as tools,
+            ToolPlane.open(config.tools, variables=variables, episodes=config.actor.concurrency) as tools,
         ):
             stage = Stage.open(config, engine=engine, tools=tools, actor_id="eval")
             try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import mmap
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -72,8 +73,8 @@ class BroadcastFigures:
     keyframe_s: Mapping[int, float]
     delta_s: Mapping[int, float]
     slow_actor_cost: float
-    """By how much longer three actors take for a keyframe when a fourth pulls it ten times slower than they (bar:
-    0.05)."""
+    """By how much longer three actors take for a keyframe beside a fourth that pulls it ten times slower than they do,
+    than beside one that stands still (bar: 0.05). One as fast as they would take its share of the cores."""
     cpu_per_gb_vs_tcp: float
     """CPU of hub and puller for a keyframe into a file in shared memory, over that of two plain sockets (bar: 2)."""
     cpu_s_per_gb: float
@@ -224,6 +225,10 @@ class Actors:
         stdin.write(f"{pause_s}\n")
         stdin.flush()
 
+    def signal_first(self, number: signal.Signals) -> None:
+        """Stop the first of them, or let it go on."""
+        self._processes[0].send_signal(number)
+
 
 class Trainer:
     """Publishes two sets of weights in turn."""
@@ -291,16 +296,18 @@ def measure_times(trainer: Trainer, actors: Actors, rounds: int) -> tuple[dict[i
 
 
 def measure_slow_actor(trainer: Trainer, actors: Actors, rounds: int, keyframe_s: float) -> float:
-    """Three actors beside a fourth that is as fast as they, and beside one that takes ten times as long."""
+    """Three actors beside a fourth that stands still, and beside one that takes ten times as long as they do."""
     chunks = -(-trainer.keyframes[0].size_bytes // CHUNK_BYTES)
     slow, others = slice(0, 1), slice(1, None)
     costs = []
     for _ in range(rounds):
         seconds = []
-        for pause_s in (0.0, (SLOWNESS - 1) * keyframe_s / chunks):
-            actors.slow_down(pause_s)
+        for hindrance in (signal.SIGSTOP, signal.SIGCONT):
+            actors.slow_down((SLOWNESS - 1) * keyframe_s / chunks)
+            actors.signal_first(hindrance)
             began_s = trainer.publish(delta=False)
             seconds.append(statistics.mean(actors.loaded_at_s(trainer.version, members=others)) - began_s)
+            actors.signal_first(signal.SIGCONT)
             actors.slow_down(0.0)  # it has shown what it costs: let it catch up
             actors.loaded_at_s(trainer.version, members=slow)
         costs.append(seconds[1] / seconds[0] - 1)

@@ -16,6 +16,7 @@ from mcp.client import ClientSession
 from mcp.client.session import IncomingMessage
 from mcp.client.stdio import get_default_environment
 
+from actors.tools.announcements import announcements
 from actors.tools.failures import ToolFailed
 from actors.tools.http import Endpoint, http_streams
 from actors.tools.sse import open_sse
@@ -64,7 +65,10 @@ class Connector:
                 on_new_tools()
 
         if self._entry.transport == "http":
-            async with Client(http_streams(self._endpoint()), mode="auto", message_handler=heed) as client:
+            async with (
+                Client(http_streams(self._endpoint()), mode="auto", message_handler=heed) as client,
+                announcements(client.session, on_new_tools),
+            ):
                 yield client.session
             return
         if self._entry.transport == "sse":
@@ -80,7 +84,8 @@ class Connector:
             try:
                 async with ClientSession(dispatcher=calls, message_handler=heed) as session:
                     await self._negotiate(session)
-                    yield session
+                    async with announcements(session, on_new_tools):
+                        yield session
             finally:
                 await process.drain_stderr()
 

@@ -11,13 +11,9 @@ from dataclasses import dataclass, field
 from typing import Self
 
 import anyio
-import orjson
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
 from pydantic import JsonValue
-from referencing import Registry
-from referencing.exceptions import Unresolvable
 
+from actors.tools.arguments import ArgumentCheck
 from actors.tools.cache import Answer, CallCache, RecordedTool
 from actors.tools.configured import ConfiguredServer
 from actors.tools.expand import configured_servers
@@ -61,7 +57,7 @@ class ToolResult:
 class _Tool:
     spec: ToolSpec
     backend: Backend
-    validator: Draft202012Validator
+    check: ArgumentCheck
     max_result_bytes: int
     record: RecordedTool | None
     count: ToolCount = field(default_factory=ToolCount)
@@ -96,7 +92,7 @@ class EpisodeTools:
             backend.release(self._episode)
 
     async def _answer(self, tool: _Tool, arguments: Mapping[str, JsonValue]) -> Answer:
-        if wrong := _wrong_arguments(tool, arguments):
+        if wrong := tool.check.wrong(tool.spec.name, arguments):
             return Answer(f"Error: {wrong}", "model_error")
         if tool.record is None:
             return await self._ask(tool, arguments)
@@ -125,12 +121,19 @@ class ToolPlane:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, tools: Tools, *, variables: Mapping[str, str]) -> AsyncIterator[Self]:
+    async def open(cls, tools: Tools, *, variables: Mapping[str, str], episodes: int = 1) -> AsyncIterator[Self]:
         """Start and connect to every configured server; `variables` are expanded beside (and before) the environment.
 
-        Raises `UserError` for a server that does not start, an unset variable, or names that clash.
+        `episodes`: the most at a time. Raises `UserError` for a server that does not start or has no room for them, an
+        unset variable, or names that clash.
         """
         entries = configured_servers(tools, {**os.environ, **variables})
+        for name, entry in entries.items():
+            if entry.matpo.scope == "episode" and entry.matpo.max_episodes < episodes:
+                raise UserError(
+                    f"tool server {name!r} has room for {entry.matpo.max_episodes} episodes and {episodes} are played"
+                    f" at a time; set its matpo.max_episodes to {episodes}, or actor.concurrency lower"
+                )
         try:
             with ExitStack() as stack:
                 wanted = any(entry.matpo.cache != "off" for entry in entries.values())
@@ -198,29 +201,12 @@ def _collect(servers: Mapping[str, ConfiguredServer]) -> list[_Tool]:
         _Tool(
             spec=ToolSpec(name, server.name, tool.name, tool.description or "", tool.input_schema),
             backend=server.backend,
-            # An empty registry: a schema's remote references are never fetched.
-            validator=Draft202012Validator(tool.input_schema, registry=Registry()),
+            check=ArgumentCheck(tool.input_schema),
             max_result_bytes=server.extras.max_result_bytes,
             record=server.record(tool),
         )
         for name, (server, tool) in zip(names, found, strict=True)
     ]
-
-
-def _wrong_arguments(tool: _Tool, arguments: Mapping[str, JsonValue]) -> str | None:
-    try:
-        orjson.dumps(arguments)
-    except orjson.JSONEncodeError as error:
-        return f"bad arguments for {tool.spec.name}: they cannot be sent ({error}); write odd numbers as text"
-    try:
-        found = best_match(tool.validator.iter_errors(arguments))
-    except (Unresolvable, RecursionError):
-        # The schema refers to something it does not contain; the server itself has to judge the arguments.
-        return None
-    if found is None:
-        return None
-    where = "".join(f"[{part!r}]" for part in found.absolute_path)
-    return f"bad arguments for {tool.spec.name}{f' at {where}' if where else ''}: {found.message[:300]}"
 
 
 def _without(spec: ToolSpec, hidden: frozenset[str]) -> ToolSpec:

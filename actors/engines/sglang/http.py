@@ -22,7 +22,9 @@ CONNECT_TIMEOUT_S: Final = 60.0
 """Long: thousands of requests at once overflow the queue of a server that accepts slowly; the system tries again."""
 LARGEST_HEAD_BYTES: Final = 64 * 2**10
 END_OF_HEAD: Final = b"\r\n\r\n"
-STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?")
+STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?(?=\r\n|\Z)")
+FIELDS: Final = re.compile(rb"\r\n(connection|content-length|transfer-encoding):[ \t]*([^\r\n]*)", re.IGNORECASE)
+"""The fields that say where a reply ends."""
 CHUNK_LINE: Final = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;.*)?")
 Method = Literal["GET", "POST"]
 
@@ -95,14 +97,13 @@ class Reply:
         return self.finished
 
     def _read_head(self, head: bytes) -> None:
-        first, *lines = head.split(b"\r\n")
-        found = STATUS_LINE.fullmatch(first)
+        found = STATUS_LINE.match(head)
         if found is None:
-            raise BadReply(f"the reply begins with {first[:60]!r}")
+            raise BadReply(f"the reply begins with {head[:60]!r}")
         status = int(found[2])
         if status < 200:
             return
-        fields = dict(_field(line) for line in lines)
+        fields = {name.lower(): value.rstrip() for name, value in FIELDS.findall(head)}
         connection = fields.get(b"connection", b"").lower()
         self._reusable = connection != b"close" and (found[1] == b"1" or connection == b"keep-alive")
         length = fields.get(b"content-length")
@@ -346,8 +347,3 @@ class HttpClient:
             self._idle[connection] = None
         else:
             connection.close("its reply is not wanted any more")
-
-
-def _field(line: bytes) -> tuple[bytes, bytes]:
-    name, _, value = line.partition(b":")
-    return name.lower(), value.strip()

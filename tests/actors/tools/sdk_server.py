@@ -10,6 +10,7 @@ import sys
 
 import uvicorn
 from mcp.server import MCPServer
+from mcp.server.mcpserver import Context
 
 server = MCPServer("echo")
 
@@ -44,6 +45,14 @@ async def freeze() -> str:
 async def fail() -> str:
     """Always fails."""
     raise LookupError("nothing there")
+
+
+@server.tool(structured_output=False)
+async def learn(name: str, context: Context) -> str:
+    """The server has one tool more, and says so to whoever listens."""
+    server.add_tool(echo, name=name)
+    await context.notify_tools_changed()
+    return name
 
 
 @server.tool(structured_output=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+import structlog
 from pydantic import JsonValue
 
 from actors.tools.plane import ToolPlane
@@ -113,3 +114,16 @@ async def test_a_server_that_is_killed_is_found_again(kind: str) -> None:
             assert (await plane.call("slow", {"seconds": 0})).outcome == "infrastructure"
             with serving(kind, port):
                 assert (await plane.call("echo", {"text": "on"})).text == "on"
+
+
+async def test_new_tools_of_a_server_that_must_be_listened_to_are_noticed() -> None:
+    with serving("http") as (url, _), structlog.testing.capture_logs() as logs:
+        async with reached(url, "http") as plane:
+            learned = 0
+            while not logs:
+                # What is announced before the plane listens reaches nobody.
+                await plane.call("learn", {"name": f"new_{learned}"})
+                learned += 1
+                await plane.call("slow", {"seconds": 0.05})
+    assert logs[0]["event"] == "tool server changed its tools; prompts keep the old ones"
+    assert "new_0" in logs[0]["added"]

@@ -10,7 +10,9 @@ from pathlib import Path
 import anyio
 import pytest
 
-from actors.tools.plane import EpisodeTools, ToolResult
+from actors.tools.plane import EpisodeTools, ToolPlane, ToolResult
+from matpo.config import Tools
+from matpo.errors import UserError
 from tests.actors.tools.hosts import call, hostile
 
 
@@ -105,6 +107,18 @@ async def test_no_more_than_max_episodes_have_a_server_at_a_time() -> None:
             assert (refused.outcome, "at most 1 episodes" in refused.text) == ("infrastructure", True)
         with closing(second):
             assert await pid(second) != mine
+
+
+async def test_a_server_without_room_for_all_episodes_is_refused() -> None:
+    entry = {"command": "x", "matpo": {"scope": "episode", "max_episodes": 8}}
+    tools = Tools.model_validate({"mcpServers": {"own": entry}})
+    with pytest.raises(UserError) as caught:
+        async with ToolPlane.open(tools, variables={}, episodes=9):
+            pass
+    assert str(caught.value) == (
+        "tool server 'own' has room for 8 episodes and 9 are played at a time; set its matpo.max_episodes to 9, or"
+        " actor.concurrency lower"
+    )
 
 
 async def test_a_server_of_an_episode_that_does_not_start_fails_its_calls_alone(tmp_path: Path) -> None:
