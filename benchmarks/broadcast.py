@@ -73,8 +73,10 @@ class BroadcastFigures:
     keyframe_s: Mapping[int, float]
     delta_s: Mapping[int, float]
     slow_actor_cost: float
-    """By how much longer three actors take for a keyframe beside a fourth that pulls it ten times slower than they do,
-    than beside one that stands still (bar: 0.05). One as fast as they would take its share of the cores."""
+    """By how much longer three actors take for a keyframe when a fourth pulls it ten times slower, than when it is as
+    fast as they are (bar: 0.05)."""
+    slow_actor_cost_vs_none: float
+    """The same against a fourth that stands still. Here it also takes its share of the two cores."""
     cpu_per_gb_vs_tcp: float
     """CPU of hub and puller for a keyframe into a file in shared memory, over that of two plain sockets (bar: 2)."""
     cpu_s_per_gb: float
@@ -295,23 +297,24 @@ def measure_times(trainer: Trainer, actors: Actors, rounds: int) -> tuple[dict[i
     return times[False], times[True]
 
 
-def measure_slow_actor(trainer: Trainer, actors: Actors, rounds: int, keyframe_s: float) -> float:
-    """Three actors beside a fourth that stands still, and beside one that takes ten times as long as they do."""
+def measure_slow_actor(trainer: Trainer, actors: Actors, rounds: int, keyframe_s: float) -> tuple[float, float]:
+    """Three actors beside a fourth that takes ten times as long, against one as fast as they, and one that stands."""
     chunks = -(-trainer.keyframes[0].size_bytes // CHUNK_BYTES)
     slow, others = slice(0, 1), slice(1, None)
+    pause_s = (SLOWNESS - 1) * keyframe_s / chunks
     costs = []
     for _ in range(rounds):
         seconds = []
-        for hindrance in (signal.SIGSTOP, signal.SIGCONT):
-            actors.slow_down((SLOWNESS - 1) * keyframe_s / chunks)
+        for pause, hindrance in ((0.0, signal.SIGCONT), (pause_s, signal.SIGSTOP), (pause_s, signal.SIGCONT)):
+            actors.slow_down(pause)
             actors.signal_first(hindrance)
             began_s = trainer.publish(delta=False)
             seconds.append(statistics.mean(actors.loaded_at_s(trainer.version, members=others)) - began_s)
             actors.signal_first(signal.SIGCONT)
             actors.slow_down(0.0)  # it has shown what it costs: let it catch up
             actors.loaded_at_s(trainer.version, members=slow)
-        costs.append(seconds[1] / seconds[0] - 1)
-    return statistics.median(costs)
+        costs.append((seconds[2] / seconds[0] - 1, seconds[2] / seconds[1] - 1))
+    return statistics.median(cost for cost, _ in costs), statistics.median(cost for _, cost in costs)
 
 
 def measure_cpu(trainer: Trainer, hub: psutil.Process, endpoint: str, folder: Path, rounds: int) -> tuple[float, float]:
@@ -348,12 +351,13 @@ def measure(quick: bool) -> BroadcastFigures:
         trainer = Trainer(folder, link)
         actors = Actors(stack, address.endpoint, folder.config, Path(shared))
         keyframe_s, delta_s = measure_times(trainer, actors, rounds)
-        slow_actor_cost = measure_slow_actor(trainer, actors, rounds, keyframe_s[4])
+        slow_actor_cost, versus_none = measure_slow_actor(trainer, actors, rounds, keyframe_s[4])
         ours, plain = measure_cpu(trainer, psutil.Process(hub.pid), address.endpoint, Path(shared), rounds)
         return BroadcastFigures(
             keyframe_s=keyframe_s,
             delta_s=delta_s,
             slow_actor_cost=slow_actor_cost,
+            slow_actor_cost_vs_none=versus_none,
             cpu_per_gb_vs_tcp=ours / plain,
             cpu_s_per_gb=ours,
             tcp_cpu_s_per_gb=plain,

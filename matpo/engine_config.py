@@ -68,7 +68,7 @@ class SglangEngine(Section):
     """Running requests at a weight update: recompute their prompt with the new weights, keep old keys and values, or
     end and resubmit them from the tokens they have."""
     attest: bool = True
-    """After every update, compare the server's checksums with those of the weights it was given (CPU servers only)."""
+    """After every update, compare the server's checksums with those of the weights it was given, on every rank."""
     stream_tokens: int = Field(default=0, ge=0)
     """Report sampled tokens every so many, so that little is sampled again if the server dies; 0: only at the end."""
     handover: Literal["disk", "collective"] = "disk"
@@ -132,11 +132,6 @@ class SglangEngine(Section):
     def backend(self) -> Literal["gloo", "nccl"]:
         """Of the process groups of `collective`."""
         return self.sender_backend or ("gloo" if self.device == "cpu" else "nccl")
-
-    @property
-    def attested(self) -> bool:
-        """Whether checksums are compared: those of CUDA servers, and of parts of tensors, are of another make."""
-        return self.attest and self.device == "cpu" and self.tensor_parallel == 1
 
 
 Engine = Annotated[EmbeddedEngine | SglangEngine, Field(discriminator="kind")]

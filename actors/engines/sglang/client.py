@@ -44,10 +44,31 @@ class _Success(BaseModel):
     error_message: str = ""
 
 
-class _Rank(BaseModel):
+class _Place(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
+    tp_rank: int = 0
+    tp_size: int = 1
+
+
+class RankChecksums(BaseModel):
+    """What a rank of a server holds."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
     checksums: dict[str, str]
+    """By tensor name."""
+    parallelism_info: tuple[_Place, ...] = (_Place(),)
+
+    @property
+    def rank(self) -> int:
+        """Its place among the ranks that share tensors."""
+        return self.parallelism_info[0].tp_rank
+
+    @property
+    def ranks(self) -> int:
+        """How many share tensors."""
+        return self.parallelism_info[0].tp_size
 
 
 class _Named(BaseModel):
@@ -67,7 +88,7 @@ class _Checksums(BaseModel):
 
     success: bool
     message: str = ""
-    ranks: list[_Rank] | None = None
+    ranks: list[RankChecksums] | None = None
 
 
 class _Load(BaseModel):
@@ -234,13 +255,13 @@ class SglangClient:
         if not reply.success:
             raise ServerRefused(reply.message or reply.error_message)
 
-    async def checksums(self, *, deadline_s: float) -> list[dict[str, str]]:
-        """Tensor name → checksum, one mapping per rank."""
+    async def checksums(self, *, deadline_s: float) -> list[RankChecksums]:
+        """Of every rank."""
         content = await self._post("/weights_checker", {"action": "checksum"}, deadline_s=deadline_s)
         reply = _parse(_Checksums, content)
         if not reply.success or not reply.ranks:
             raise ServerRefused(f"no checksums: {reply.message}")
-        return [rank.checksums for rank in reply.ranks]
+        return reply.ranks
 
     async def models(self, *, deadline_s: float) -> frozenset[str]:
         """Names of the model and of the adapters the server has."""

@@ -41,7 +41,7 @@ async def look(client: SglangClient, settings: Settings) -> Features:
             f"the server at {client.url} does not say which weights sampled which token, as SGLang does after 0.5.17;"
             ' upgrade it or set actor.engine.swap = "abort"'
         )
-    if settings.attested and not found.checksums:
+    if settings.attest and not found.checksums:
         raise ServerRefused(
             f"the server at {client.url} has no {CHECKSUMS}; upgrade it or set actor.engine.attest = false"
         )

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Final, Protocol, Self
 import anyio
 import anyio.to_thread
 
-from actors.engines.sglang.attestation import expected_checksums
+from actors.engines.sglang.attestation import Checksums, Layout, expected_checksums
 from actors.engines.sglang.client import SglangClient
 from actors.engines.sglang.model import ModelFacts
 from matpo.config import SglangEngine as Settings
@@ -31,8 +31,8 @@ class Parcel:
 
     version: int
     digest: str
-    checksums: Mapping[str, str] | None
-    """What a server must report after loading; None: it is not asked."""
+    checksums: tuple[Checksums, ...] | None
+    """What each rank of a server must report after loading; None: they are not asked."""
     folder: Path
     """Holds these weights: a Hugging Face model folder, or a PEFT folder."""
     cache_key: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -134,8 +134,8 @@ class DiskHandover:
         if file is None or not _linked(file, target / WEIGHT_FILE):
             write_keyframe(target / WEIGHT_FILE, weights, version=version)
         sums = None
-        if self._settings.attested:
-            sums = expected_checksums(weights, dtype=self._settings.dtype, tied=self._facts.tied)
+        if self._settings.attest:
+            sums = expected_checksums(weights, Layout.of(self._facts, self._settings))
         return Parcel(version, weights_digest(weights), sums, target)
 
 

@@ -22,6 +22,7 @@ class _Text(BaseModel):
     vocab_size: int | None = None
     tie_word_embeddings: bool = False
     eos_token_id: int | list[int] | None = None
+    num_key_value_heads: int | None = None
 
 
 class _Config(_Text):
@@ -37,6 +38,8 @@ class ModelFacts:
     """Rows of the embedding: a token id at or beyond it kills the server."""
     ends: tuple[int, ...]
     tied: bool
+    key_heads: int
+    """Heads of keys and values; 1 where the folder does not say."""
     shapes: dict[str, Shape]
     """Tensor name → shape, of every tensor a set of weights must hold."""
 
@@ -70,6 +73,7 @@ def read_facts(folder: Path) -> ModelFacts:
         vocabulary=text.vocab_size,
         ends=() if ends is None else (ends,) if isinstance(ends, int) else tuple(ends),
         tied=tied,
+        key_heads=text.num_key_value_heads or 1,
         shapes=shapes,
     )
 

@@ -13,7 +13,7 @@ import anyio.abc
 import structlog
 
 from actors.engines.sglang.answers import UNVERSIONED
-from actors.engines.sglang.attestation import first_difference
+from actors.engines.sglang.attestation import Layout, first_difference
 from actors.engines.sglang.client import ServerGone, ServerRefused, SglangClient
 from actors.engines.sglang.features import look
 from actors.engines.sglang.handover import Handover, Parcel
@@ -67,7 +67,7 @@ class Server:
         """The weights it samples with; None: those it was started with, or some that are in doubt."""
         self.taking: Parcel | None = None
         """The weights it is being given."""
-        self._facts = facts
+        self._layout = Layout.of(facts, settings)
         self._settings = settings
         self._handover = handover
         self._newest = newest
@@ -200,10 +200,16 @@ class Server:
                 raise
 
     async def _attest(self, parcel: Parcel) -> None:
-        """Compare the server's own checksums with what they must be."""
+        """Compare the checksums of the server's ranks with what they must be."""
         if parcel.checksums is None:
             return
         for reported in await self.client.checksums(deadline_s=SWAP_DEADLINE_S):
-            name = first_difference(parcel.checksums, reported, tied=self._facts.tied)
+            if reported.ranks != len(parcel.checksums):
+                raise ServerRefused(f"it has {reported.ranks} tensor-parallel ranks; set actor.engine.tensor_parallel")
+            try:
+                name = first_difference(parcel.checksums[reported.rank], reported.checksums, self._layout)
+            except ValueError as error:
+                raise ServerRefused(f"its weights cannot be checked: {error}") from error
             if name is not None:
-                raise ServerRefused(f"after loading, the server's {name} is not that of version {parcel.version}")
+                where = f"the server's {name} on rank {reported.rank}"
+                raise ServerRefused(f"after loading, {where} is not that of version {parcel.version}")

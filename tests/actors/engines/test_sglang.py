@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from actors.engines.engine import EngineFailure, Generation
 from actors.engines.sglang.answers import BadAnswer, parse_answer, versions_of
-from actors.engines.sglang.attestation import converted, expected_checksums, first_difference
+from actors.engines.sglang.attestation import Layout, converted, expected_checksums, first_difference
 from actors.engines.sglang.client import Request
 from actors.engines.sglang.engine import SglangEngine
 from actors.engines.sglang.launch import command, environment, gpu_groups
@@ -29,6 +29,9 @@ from tests.actors.engines.stub import Stub, answer
 PROMPT = np.array([40, 41], dtype=np.int32)
 
 
+LAYOUT = Layout("float32", "cpu", tied=True)
+
+
 def settings_for(stub: Stub, **options: object) -> Settings:
     basis = Settings(urls=(stub.url,), device="cpu", dtype="float32", max_context_tokens=32)
     return basis.model_copy(update=options)
@@ -40,7 +43,8 @@ def model(tmp_path: Path) -> PreTrainedModel:
 
 
 def sums_of(model: PreTrainedModel) -> dict[str, str]:
-    return dict(expected_checksums(weights_of(model), dtype="float32", tied=True))
+    (sums,) = expected_checksums(weights_of(model), LAYOUT)
+    return dict(sums)
 
 
 async def generate(
@@ -116,7 +120,7 @@ async def test_weights_the_server_did_not_really_load_are_not_vouched_for(
     stub.checksums = {**sums_of(model), "model.norm.weight": "0" * 16}
     with anyio.fail_after(30):
         async with stub.serve(), SglangEngine.open(tmp_path, settings_for(stub), seed=0) as engine:
-            with pytest.raises(EngineFailure, match=r"model\.norm\.weight is not that of version 4"):
+            with pytest.raises(EngineFailure, match=r"model\.norm\.weight on rank 0 is not that of version 4"):
                 await engine.load(weights_of(model), version=4)
             assert engine.version == -1
             stub.checksums = sums_of(model)
@@ -214,12 +218,15 @@ def test_checksums_are_those_of_the_fused_and_padded_tensors() -> None:
     }
     embedding = np.ones((3, 2), dtype=np.float32)
     weights = {**tensors, "model.embed_tokens.weight": Tensor("float32", embedding)}
-    sums = expected_checksums(weights, dtype="float32", tied=True)
+    (sums,) = expected_checksums(weights, LAYOUT)
     qkv = np.repeat(np.arange(3, dtype=np.float32), 4).tobytes()
     gate_up = np.repeat(np.array([4, 3], dtype=np.float32), 4).tobytes()
     assert sums["l.qkv_proj.weight"] == hashlib.sha256(qkv).hexdigest()[:16]
     assert sums["l.gate_up_proj.weight"] == hashlib.sha256(gate_up).hexdigest()[:16]
     padded = embedding.tobytes() + bytes(61 * 2 * 4)  # 64 rows
     assert sums["model.embed_tokens.weight"] == hashlib.sha256(padded).hexdigest()[:16]
-    assert first_difference(sums, {k: v for k, v in sums.items() if k != "lm_head.weight"}, tied=True) is None
-    assert first_difference(sums, {**sums, "new": "0"}, tied=True) == "new"
+    assert first_difference(sums, {k: v for k, v in sums.items() if k != "lm_head.weight"}, LAYOUT) is None
+    assert first_difference(sums, {**sums, "new": "0"}, LAYOUT) == "new"
+    assert first_difference(sums, {**sums, "new": "0"}, Layout("float32", "cuda", tied=True)) is None
+    with pytest.raises(ValueError, match="attest = false"):
+        first_difference(sums, {"new": "0"}, Layout("float32", "cuda", tied=True))
