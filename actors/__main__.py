@@ -24,8 +24,7 @@ from actors.outbox import Outbox
 from actors.play import Player
 from actors.scene import Stage
 from actors.session import Session
-from actors.setting import tool_variables
-from actors.tools.plane import ToolPlane
+from actors.setting import open_tools
 from actors.tools.report import reported
 from actors.weights.follow import Follower
 from actors.weights.shadow import Shadow
@@ -82,8 +81,7 @@ async def run_actor(place: Place) -> None:
         engine_log = place.state / "logs" / f"{place.actor_id}-engine.log"
         model, lora = model_folder(config.model), config.model.served_adapter
         engine = await enter(open_engine(model, config.actor.engine, lora=lora, seed=seed, log=engine_log))
-        variables = tool_variables(config, folder=folder / "world")
-        tools = await enter(ToolPlane.open(config.tools, variables=variables, episodes=config.actor.concurrency))
+        tools = await enter(open_tools(config, folder / "world"))
         await enter(reported(tools, place.state / "metrics.jsonl", place.actor_id, every_s=welcome.heartbeat_s))
         stage = Stage.open(config, engine=engine, tools=tools, actor_id=place.actor_id)
         player = Player(

@@ -19,8 +19,7 @@ from actors.engines.opening import open_engine
 from actors.episode import play_episode
 from actors.failure import user_error
 from actors.scene import Stage
-from actors.setting import tool_variables
-from actors.tools.plane import ToolPlane
+from actors.setting import open_tools
 from matpo.adapters import merged, read_adapter
 from matpo.config import Config, Model
 from matpo.datasets.load import load_tasks
@@ -90,10 +89,9 @@ async def play_all(
         played()
 
     with tempfile.TemporaryDirectory(prefix="matpo-eval-") as folder:
-        variables = tool_variables(config, folder=Path(folder))
         async with (
             open_engine(model, config.actor.engine, lora=lora, seed=config.run.seed) as engine,
-            ToolPlane.open(config.tools, variables=variables, episodes=config.actor.concurrency) as tools,
+            open_tools(config, Path(folder)) as tools,
         ):
             stage = Stage.open(config, engine=engine, tools=tools, actor_id="eval")
             try:

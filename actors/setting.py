@@ -1,15 +1,23 @@
-"""What an actor's tool servers may refer to by `${…}` besides the environment, and the files behind it."""
+"""An actor's tools: what their servers may refer to by `${…}` besides the environment, and the files behind it."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import orjson
 
+from actors.tools.plane import ToolPlane
 from matpo.config import Config, WorldData
 from matpo.datasets.world import collection, documents
+
+
+def open_tools(config: Config, folder: Path) -> AbstractAsyncContextManager[ToolPlane]:
+    """The configured servers, for all episodes of an actor; `folder` is for files of theirs. Raises `UserError`."""
+    variables = tool_variables(config, folder=folder)
+    return ToolPlane.open(config.tools, variables=variables, episodes=config.actor.concurrency)
 
 
 def tool_variables(config: Config, *, folder: Path) -> Mapping[str, str]:
