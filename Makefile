@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: run test check unit end-to-end smollm2 sglang-cpu sglang-test third-party third-party-test warmstart lock clean
+.PHONY: run test check unit end-to-end smollm2 trl sglang-cpu sglang-test third-party third-party-test warmstart lock clean
 
 run: $(READY)  ## train the quick start
 	@$(BIN)/matpo run configs/quickstart.toml
@@ -39,6 +39,8 @@ third-party: .cache/conformance/.ready .cache/third-party/.ready  ## other peopl
 
 third-party-test: $(READY) third-party  ## the official MCP conformance suite, and seven servers of other people
 	$(BIN)/python -m pytest -m thirdparty --durations=5
+
+trl: .cache/trl/.ready  ## install TRL beside ours to compare with: .cache/trl/bin/python -m benchmarks.trl (300 MB)
 
 warmstart: $(READY)  ## remake the quick start's model from scratch (a quarter of an hour on an idle core)
 	$(BIN)/python -m learner.warmstart --out models/quickstart
@@ -82,6 +84,15 @@ $(READY): requirements.lock pyproject.toml
 	cp tests/third_party/package.json tests/third_party/package-lock.json .cache/third-party/npm/
 	cd .cache/third-party/npm && PATH="$(CURDIR)/.cache/conformance/node/bin:$$PATH" \
 	    node ../../conformance/node/lib/node_modules/npm/bin/npm-cli.js ci --no-audit --no-fund --ignore-scripts
+	@touch $@
+
+# Everything but TRL and what it adds is that of $(VENV): the same torch, the same transformers.
+.cache/trl/.ready: $(READY) benchmarks/trl.txt
+	rm -rf .cache/trl
+	$(PYTHON) -m venv .cache/trl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	    "$$(.cache/trl/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/matpo.pth"
+	.cache/trl/bin/python -m pip install --disable-pip-version-check --no-deps -r benchmarks/trl.txt
 	@touch $@
 
 .venv-sglang/.ready: requirements-sglang-cpu.lock

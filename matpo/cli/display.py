@@ -109,6 +109,7 @@ class Display:
             t = self._trainer
             rows.add_row("staleness", f"{t.staleness_mean:.1f} steps on average, {t.staleness_max} at most")
             rows.add_row("step time", f"wait {t.wait_s:.2f} s, train {t.step_s:.2f} s, publish {t.publish_s:.2f} s")
+            rows.add_row("step work", _work(t))
         if self._hub is not None:
             h = self._hub
             rows.add_row("playing", f"{h.actors} actors, {h.in_flight} episodes")
@@ -137,6 +138,17 @@ def share(value: float | None) -> str:
 
 def _ledger(hub: HubLine) -> str:
     return f"{hub.ledger.trained} trained, {hub.ledger.filtered} filtered, {hub.ledger.pending} pending"
+
+
+def _work(step: TrainerLine) -> str:
+    """What sharing prefixes saved, and the memory the step took."""
+    if not step.flops:
+        return "nothing to train on"
+    packed, padded = step.packed_flops / step.flops, step.padded_flops / step.flops
+    return (
+        f"{step.tokens} tokens as {step.unique_tokens}: {packed:.1f} times less arithmetic than packed,"
+        f" {padded:.1f} than padded; peak {step.peak_bytes / 1e9:.1f} GB"
+    )
 
 
 def _round_in_words(one: EvaluationLine) -> str:

@@ -23,6 +23,12 @@ class TrainerLine(Line):
     wait_s: float
     step_s: float
     publish_s: float
+    tokens: int
+    unique_tokens: int
+    flops: int
+    packed_flops: int
+    padded_flops: int
+    peak_bytes: int
 
 
 class LedgerLine(Line):
