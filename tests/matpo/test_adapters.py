@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from matpo.adapters import adapter_shapes, peft_config, read_adapter, targeted
+from matpo.adapters import adapter_shapes, merged, peft_config, read_adapter, targeted
 from matpo.config import Lora
 from matpo.errors import UserError
 from protocols.weights import Tensor, weights_digest, write_keyframe
@@ -69,3 +69,21 @@ def test_an_adapter_that_is_not_as_the_config_says_is_refused(
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no adapter_config\.json"):
         read_adapter(tmp_path, LORA)
+
+
+def test_merging_adds_the_scaled_product_to_targeted_weights_alone() -> None:
+    base = {name: Tensor("float32", np.full(shape, 0.5, dtype=np.float32)) for name, shape in SHAPES.items()}
+    rounded = Tensor("bfloat16", np.full((16, 8), 0x3F00, dtype=np.uint16))  # 0.5
+    whole = merged({**base, "model.layers.0.self_attn.q_proj.weight": rounded}, tensors(), LORA)
+    for projection in ("q_proj", "o_proj"):
+        changed = whole[f"model.layers.0.self_attn.{projection}.weight"]
+        assert changed.dtype == "float32"
+        assert (changed.data == 0.5 + 3.0 / 2 * 2).all()
+    unchanged = set(SHAPES) - {f"model.layers.0.self_attn.{p}.weight" for p in ("q_proj", "o_proj")}
+    assert all(whole[name] is base[name] for name in unchanged)
+
+
+def test_an_adapter_of_another_rank_is_not_merged() -> None:
+    base = {name: Tensor("float32", np.ones(shape, dtype=np.float32)) for name, shape in SHAPES.items()}
+    with pytest.raises(ValueError, match=r"is \(16, 2\), expected \(16, 3\)|is \(2, 8\), expected \(3, 8\)"):
+        merged(base, tensors(), LORA.model_copy(update={"rank": 3}))

@@ -97,6 +97,12 @@ def test_what_adapters_do_not_go_with_is_refused(good: Path, engine: str, messag
         load_config(good, ["actor.count=1", "model.lora.rank=4", f'actor.engine={{kind="sglang", {engine}}}'])
 
 
+def test_merged_weights_go_with_everything(good: Path) -> None:
+    engine = 'actor.engine={kind="sglang", handover="collective", python="p", urls=["http://u"], swap="abort"}'
+    config = load_config(good, ["actor.count=1", "model.lora.rank=4", 'model.lora.publish="merged"', engine])
+    assert config.model.lora is not None and config.model.served_adapter is None
+
+
 def test_adapters_target_every_projection_unless_told_otherwise(good: Path) -> None:
     lora = load_config(good, ["model.lora.rank=4"]).model.lora
     assert lora is not None and len(lora.target_modules) == 7
