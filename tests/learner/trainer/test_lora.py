@@ -70,7 +70,7 @@ def test_gradients_of_a_and_b_are_those_of_one_by_one_training_with_peft(
     policy = adapted(family)
     loss, grads = gradient(policy, rows, objective, limit=20)
     expected_loss, expected = reference_gradient(by_peft(family, policy), rows, objective)
-    assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-7)
+    assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)  # a sum of terms of both signs
     assert relative_difference(grads, {name.replace(".default.", "."): g for name, g in expected.items()}) < 1e-5
 
 
