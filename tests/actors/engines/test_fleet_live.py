@@ -10,8 +10,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Final, Literal
 
 import anyio
 import anyio.lowlevel
@@ -83,12 +84,13 @@ async def test_the_kill_and_the_freezing_of_a_server_lose_no_request_and_mislabe
         assert dict(engine.digests) == {**digests, 7: digests[5]}
 
 
+@pytest.mark.parametrize("kind", ["smg", "sglang_router"])
 async def test_the_real_router_carries_tokens_while_weights_go_past_it(
-    server: SharedServer, tmp_path: Path, second: SharedServer
+    server: SharedServer, tmp_path: Path, second: SharedServer, kind: RouterKind
 ) -> None:
     model, new = make_model("qwen3", tmp_path), make_model("qwen3", tmp_path / "new", seed=5)
     urls = [await anyio.to_thread.run_sync(each.url, tmp_path) for each in (server, second)]
-    with Router(urls, tmp_path / "router.log") as url:
+    with Router(kind, urls, tmp_path / "router.log") as url:
         settings = Settings(router=url, device="cpu", dtype="float32", max_context_tokens=CONTEXT, stream_tokens=1)
         async with SglangEngine.open(tmp_path, settings, seed=0) as engine:
             assert sorted(engine.fleet.servers) == sorted(urls)
@@ -159,21 +161,30 @@ def signal_server(engine: SglangEngine, name: str, number: signal.Signals) -> No
         process.send_signal(number)
 
 
-class Router:
-    """The real smg in front of two servers."""
+RouterKind = Literal["smg", "sglang_router"]
+ROUTERS: Final[Mapping[RouterKind, Sequence[str]]] = {
+    "smg": ("smg", "launch", "--policy", "consistent_hashing"),
+    "sglang_router": ("sglang_router.launch_router", "--policy", "manual"),
+}
+"""Module and options of each, with a policy that keeps a group on one server."""
 
-    def __init__(self, urls: Sequence[str], log: Path) -> None:
+
+class Router:
+    """A real router in front of two servers."""
+
+    def __init__(self, kind: RouterKind, urls: Sequence[str], log: Path) -> None:
+        self._module = ROUTERS[kind]
         self._urls = urls
         self._log = log
 
     def __enter__(self) -> str:
         port, metrics = free_port(), free_port()
         options = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics)]
-        options += ["--policy", "consistent_hashing", "--worker-urls", *self._urls]
+        options += ["--worker-urls", *self._urls]
         leash = [sys.executable, "-m", "actors.engines.sglang.leash"]
         with self._log.open("wb") as output:
             self._process = subprocess.Popen(
-                [*leash, str(PYTHON), "-m", "smg", "launch", *options],
+                [*leash, str(PYTHON), "-m", *self._module, *options],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
