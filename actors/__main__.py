@@ -26,6 +26,7 @@ from actors.scene import Stage
 from actors.session import Session
 from actors.setting import open_tools
 from actors.tools.report import reported
+from actors.watch import Watch
 from actors.weights.follow import Follower
 from actors.weights.shadow import Shadow
 from actors.weights.sources import HubSource, Sources, beside_hub
@@ -100,12 +101,19 @@ async def run_actor(place: Place) -> None:
             reports=client,
             loaded=(player.notice,),
         )
-        session = Session(client, hello, welcome, outbox=outbox, player=player, follower=follower)
+        watch = Watch(
+            place.actor_id,
+            engine,
+            own=lambda: (player.waiting_for, follower.waiting_for),
+            silent_tools=tools.silent,
+        )
+        session = Session(client, hello, welcome, outbox=outbox, player=player, follower=follower, watch=watch)
         log.info("ready", hub=place.hub, run=welcome.run, outbox_trees=len(outbox))
         tasks = await enter(anyio.create_task_group())
         tasks.start_soon(place.owner.beat_forever, name="beats")
         tasks.start_soon(session.listen, name="listen")
-        tasks.start_soon(session.beat, engine, name="heartbeats")
+        tasks.start_soon(session.beat, name="heartbeats")
+        tasks.start_soon(watch.run, welcome.heartbeat_s, name="watch")
         tasks.start_soon(session.ask, name="ask for work")
         tasks.start_soon(outbox.upload, client, name="upload trees")
         tasks.start_soon(follower.run, name="follow weights")

@@ -14,6 +14,7 @@ from typing import Protocol
 import anyio
 import structlog
 
+from matpo.waits import Condition, waiting
 from protocols.messages import Lease
 from protocols.records import EpisodeTree
 
@@ -91,15 +92,15 @@ class Player:
         return frozenset(self._held)
 
     @property
-    def waiting_for(self) -> tuple[str, str] | None:
-        """What keeps episodes from starting and what would help; None when nothing does."""
+    def waiting_for(self) -> Condition | None:
+        """What keeps episodes from starting; None when nothing does."""
         if self._store.full:
-            return "the hub to acknowledge trees (outbox full)", "start the hub or raise actor.outbox_limit_trees"
+            return waiting("outbox")
         if self.queued and self.live < self._concurrency:
             needed = min(held.lease.min_version for held in self._waiting.values())
-            return f"weights of version {needed}", "see the trainer's log and the actor's weight follower"
+            return waiting("weights", version=needed)
         if not self._held:
-            return "leases", "the trainer is busy or the hub's admission is full; raise freshness.eta"
+            return waiting("leases")
         return None
 
     def take(self, lease: Lease) -> None:

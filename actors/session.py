@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 import anyio
 import structlog
 
-from actors.engines.engine import Engine
 from actors.outbox import Outbox
 from actors.play import Player
+from actors.watch import Watch
 from actors.weights.follow import Follower
 from matpo.errors import UserError
 from protocols.channel import HubClient
@@ -25,7 +23,6 @@ from protocols.messages import (
     Lease,
     LeaseRequest,
     Refuse,
-    Wait,
     WeightsReady,
     Welcome,
 )
@@ -33,8 +30,6 @@ from protocols.messages import (
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 LEAVE_PATIENCE_S = 8.0
-STALL_S = 60.0
-"""A wait that lasts longer is shown as a stall by `matpo doctor`."""
 
 
 class Session:
@@ -49,6 +44,7 @@ class Session:
         outbox: Outbox,
         player: Player,
         follower: Follower,
+        watch: Watch,
     ) -> None:
         self._client = client
         self._hello = hello
@@ -56,7 +52,7 @@ class Session:
         self._outbox = outbox
         self._player = player
         self._follower = follower
-        self._waiting_since: dict[str, float] = {}
+        self._watch = watch
         self.leaving = False
         self._parted = False
         """Goodbye is said: nothing may follow it."""
@@ -71,6 +67,7 @@ class Session:
 
     async def _take(self, message: HubMessage, frames: tuple[memoryview, ...]) -> None:
         self._player.renew()
+        self._watch.hear()
         match message:
             case Lease():
                 self._player.take(message)
@@ -107,20 +104,20 @@ class Session:
         else:
             log.warning("refused", reason=refusal.reason, detail=refusal.detail, about=refusal.about)
 
-    async def beat(self, engine: Engine) -> None:
+    async def beat(self) -> None:
         """Send a heartbeat, and ask for work again, every so many seconds."""
         while True:
             await self._client.wait_connected()
-            health = await engine.health()
+            health, waits = await self._watch.look()
             message = Heartbeat(
                 leases=tuple(sorted(self._player.leases | self._outbox.leases)),
-                version=engine.version,
+                version=self._watch.version,
                 live_episodes=self._player.live,
                 outbox_trees=len(self._outbox),
                 sampled_tokens=health.sampled_tokens,
                 prompt_tokens=health.prompt_tokens,
                 cached_tokens=health.cached_tokens,
-                waits=self._waits(),
+                waits=waits,
             )
             if self._parted:
                 return
@@ -153,13 +150,3 @@ class Session:
     async def _ask(self) -> None:
         if self._player.wanted and not self._parted:
             await self._client.send(LeaseRequest(episodes=self._player.wanted))
-
-    def _waits(self) -> tuple[Wait, ...]:
-        """What player and follower wait for, and since when."""
-        now_s = time.monotonic()
-        waiting = dict(w for w in (self._player.waiting_for, self._follower.waiting_for) if w is not None)
-        self._waiting_since = {what: self._waiting_since.get(what, now_s) for what in waiting}
-        return tuple(
-            Wait(who=self._hello.actor_id, what=what, since_s=now_s - since_s, limit_s=STALL_S, remedy=waiting[what])
-            for what, since_s in self._waiting_since.items()
-        )

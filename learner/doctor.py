@@ -27,6 +27,7 @@ from matpo.freshness import Forecast, forecast
 from matpo.load import load_config
 from matpo.metrics import read_metrics
 from matpo.tool_figures import ActorFigures, ToolFigures, together
+from matpo.waits import WaitBook, waiting
 from protocols.messages import Wait
 from protocols.records import Record
 
@@ -111,11 +112,10 @@ def examine(folder: RunFolder, *, now: float) -> Report:
 def brought_up_to_now(waits: Sequence[Wait], age_s: float, config: Config, hub: HubAddress) -> tuple[Wait, ...]:
     """The waits of a live run, grown since its hub wrote them; a hub that writes no more is itself waited for."""
     grown = tuple(wait.model_copy(update={"since_s": round(wait.since_s + age_s, 1)}) for wait in waits)
-    limit_s = SILENT_HEARTBEATS * config.hub.heartbeat_s
-    if age_s <= limit_s:
+    if age_s <= SILENT_HEARTBEATS * config.hub.heartbeat_s:
         return grown
-    remedy = f"process {hub.pid} is frozen or overloaded; see logs/hub.jsonl, or kill it: the learner starts another"
-    return (Wait(who="everybody", what="the hub", since_s=age_s, limit_s=limit_s, remedy=remedy), *grown)
+    frozen = WaitBook("everybody").update([waiting("hub_status", since_s=-age_s, pid=hub.pid)], 0.0)
+    return (*frozen, *grown)
 
 
 def expected(config: Config) -> Forecast:

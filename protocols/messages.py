@@ -29,8 +29,9 @@ RefuseReason = Literal[
 
 
 class Wait(Record):
-    """Something a process is waiting for right now."""
+    """Something a process is waiting for right now; `matpo.waits` lists all there are."""
 
+    name: str
     who: str
     what: str
     since_s: float
@@ -246,6 +247,13 @@ class TrainerWelcome(Record):
     lineage: int
 
 
+class TrainerBeat(Record):
+    """The trainer lives, and what it is busy with. Sent beside its questions, whatever it does; answered by `Ok`."""
+
+    kind: Literal["trainer_beat"] = "trainer_beat"
+    waits: tuple[Wait, ...]
+
+
 class BatchRequest(Record):
     """Asks for the groups of optimizer step `step`; answered when enough are complete, or by `NotYet`."""
 
@@ -257,10 +265,9 @@ class BatchRequest(Record):
 
 
 class NotYet(Record):
-    """No batch yet; ask again. Says what the hub waits for."""
+    """No batch yet; ask again."""
 
     kind: Literal["not_yet"] = "not_yet"
-    waits: tuple[Wait, ...]
 
 
 class Batch(Record):
@@ -297,7 +304,7 @@ class Ok(Record):
 
 
 ActorMessage = Hello | PullHello | LeaseRequest | TreeUpload | Heartbeat | ChunkRequest | WeightsLoaded | Goodbye
-TrainerMessage = TrainerHello | BatchRequest | StepDone | Publish
+TrainerMessage = TrainerHello | TrainerBeat | BatchRequest | StepDone | Publish
 HubMessage = (
     Welcome | Lease | Ack | Refuse | Cancel | WeightsReady | Chunk | Drain | TrainerWelcome | NotYet | Batch | Ok
 )

@@ -60,6 +60,8 @@ class EngineHealth:
     """Of all requests since the engine started."""
     cached_tokens: int = 0
     """How many of the prompt tokens needed no computing: their keys and values were still there."""
+    silent: tuple[str, ...] = ()
+    """Servers that do not answer, or are being started again."""
 
 
 class Engine(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
 from typing import Self
@@ -178,6 +178,12 @@ class ToolPlane:
         """One call that is an episode of its own."""
         with closing(self.episode()) as tools:
             return await tools.call(name, arguments)
+
+    def silent(self) -> Iterator[tuple[str, float]]:
+        """Every server, and the seconds for which calls to it have been without any answer."""
+        for name, server in self._servers.items():
+            if server.live is not None:
+                yield name, server.live.silent_s
 
     def figures(self, actor_id: str) -> ActorFigures:
         """What all calls came to since the plane was opened."""

@@ -68,6 +68,11 @@ class Shared:
         return len(self.servers)
 
     @property
+    def silent_s(self) -> float:
+        """Seconds for which the calls of some copy have been without any answer."""
+        return max(server.silent_s for server in self.servers)
+
+    @property
     def losses(self) -> int:
         """Connections lost so far."""
         return sum(server.losses for server in self.servers)
@@ -136,6 +141,11 @@ class PerEpisode:
     def copies(self) -> int:
         """Episodes that have a server, or wait for one."""
         return len(self._servers)
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds for which the calls of some episode have been without any answer."""
+        return max((server.silent_s for server in self._servers.values()), default=0.0)
 
     @property
     def losses(self) -> int:

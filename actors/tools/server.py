@@ -83,11 +83,22 @@ class ToolServer:
         self._unreached = 0
         """Requests in a row that got no answer over HTTP."""
         self._answered_at = -math.inf
+        self._busy_since = -math.inf
 
     @property
     def up(self) -> bool:
         """Whether a call would find a connection."""
         return self._session is not None
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds for which calls have been under way without any answer."""
+        return anyio.current_time() - max(self._busy_since, self._heard_at) if self.inflight else 0.0
+
+    @property
+    def _heard_at(self) -> float:
+        process = self._connector.process
+        return self._answered_at if process is None else process.last_output_at
 
     @property
     def handshake(self) -> bool:
@@ -118,6 +129,8 @@ class ToolServer:
     async def call(self, tool: str, arguments: Mapping[str, JsonValue]) -> types.CallToolResult:
         """Call a tool. Raises `ToolFailed` (in time, whatever the server does) or `ToolRefused`."""
         began = anyio.current_time()
+        if not self.inflight:
+            self._busy_since = began
         self.inflight += 1
         try:
             # The deadline covers waiting for a slot, for a restart, the write and the answer.
@@ -175,9 +188,7 @@ class ToolServer:
         return ToolFailed(f"server {self.name!r} answered with error {error.code}: {error.message}")
 
     def _note_silence(self, began: float) -> None:
-        process = self._connector.process
-        heard_at = self._answered_at if process is None else process.last_output_at
-        if self._session is None or heard_at > began:
+        if self._session is None or self._heard_at > began:
             return
         self._silent_timeouts += 1
         if self._silent_timeouts >= SILENT_TIMEOUTS:

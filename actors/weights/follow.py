@@ -21,6 +21,7 @@ from actors.weights.download import BrokenTransfer, ObjectGone
 from actors.weights.shadow import Copy, Shadow, Turn, TurnLost
 from actors.weights.sources import Sources
 from matpo.errors import UserError
+from matpo.waits import Condition, waiting
 from protocols.delta import BadDelta, patch_weights
 from protocols.messages import Chunk, Refuse, WeightObject, WeightsLoaded, WeightsReady
 from protocols.weights import BadWeights, Weights, covering, read_keyframe, weights_digest
@@ -49,8 +50,8 @@ class Follower:
         """`loaded` are called right after every swap."""
         self.failures = sources.failures
         """What went wrong and was repaired, by kind."""
-        self.waiting_for: tuple[str, str] | None = None
-        """What is being waited for, and the remedy should it last."""
+        self.waiting_for: Condition | None = None
+        """What is being waited for."""
         self._shadow = shadow
         self._engine = engine
         self._reports = reports
@@ -125,14 +126,11 @@ class Follower:
 
     async def _obtain(self, ready: WeightsReady) -> Copy | None:
         """This machine's copy of the newest weights, in use by this actor; None to wait for the next announcement."""
-        self.waiting_for = (
-            f"another actor of this machine that brings weights {ready.version}",
-            f"it is taken over when it stalls; see {self._shadow.folder}",
-        )
+        self.waiting_for = waiting("weights_turn", version=ready.version, folder=str(self._shadow.folder))
         self._shadow.require()
         async with self._shadow.turn() as turn:
             ready = self._newest or ready
-            self.waiting_for = f"the bytes of weights {ready.version}", "see the hub's log and the network"
+            self.waiting_for = waiting("weights_bytes", version=ready.version)
             if turn.is_behind(ready.version) and self._postponed != ready.version:
                 self._postponed = ready.version
                 return None
@@ -184,7 +182,7 @@ class Follower:
             raise
         except FileNotFoundError as error:
             raise TurnLost(f"the copy of version {copy.version} was found damaged by another actor") from error
-        self.waiting_for = f"the engine to load weights {copy.version}", "see the engine's log"
+        self.waiting_for = waiting("weights_loaded", version=copy.version)
         try:
             report = await self._engine.load(weights, version=copy.version, file=copy.path)
         except ValueError as error:

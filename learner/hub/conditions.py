@@ -1,28 +1,42 @@
-"""What the hub sees being waited for: weights, actors, heartbeats, a batch, a step."""
+"""What the hub sees being waited for: weights, actors, the trainer, a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from learner.hub.core import Hub
-from learner.hub.waits import Condition
+from matpo.waits import Condition, waiting
+from protocols.messages import Wait
+
+TRAINER_SILENT_S: Final = 10.0
+"""It sends a beat every two seconds."""
 
 
 def conditions(hub: Hub, now_s: float) -> Iterator[Condition]:
-    """What is being waited for at this moment."""
-    patience_s = 60.0
+    """What is being waited for at this moment, as far as the hub itself can see."""
+    finished = hub.batches.step >= hub.config.run.steps
     if hub.weights.latest is None:
-        remedy = "the trainer loads its model; if this lasts, see logs/trainer.jsonl and logs/learner.out"
-        yield Condition("hub", "the first weights", patience_s, remedy)
+        yield waiting("first_weights")
+    elif not _trainer_lives(hub, now_s) and not finished and hub.draining is None:
+        stage = hub.trainer_waits[0].what if hub.trainer_waits else "nothing"
+        yield waiting("trainer", since_s=hub.trainer_heard_s, stage=stage)
     if not hub.roster.live(now_s) and hub.draining is None:
-        yield Condition("hub", "an actor", patience_s, "start matpo-actor with --hub and the address in hub.json")
+        yield waiting("actors")
     for actor in hub.roster.silent(now_s):
-        remedy = f"see logs/{actor.actor_id}.jsonl; its leases are handed out again after hub.lease_s"
-        yield Condition("hub", f"a heartbeat of {actor.actor_id}", hub.config.hub.lease_s, remedy)
+        yield waiting("actor", since_s=actor.heard_s, actor=actor.actor_id)
     if hub.asker is not None:
         have, need = hub.batches.complete_groups(), hub.config.learner.groups_per_step
-        remedy = f"{have} of {need} groups are complete; start more actors or raise freshness.eta"
-        yield Condition("trainer", f"the batch of step {hub.asker.step}", patience_s, remedy)
-    elif hub.training is not None:
-        remedy = "the trainer computes; if this lasts, see logs/trainer.jsonl or lower learner.micro_batch_tokens"
-        yield Condition("hub", f"step {hub.training} of the trainer", 300.0, remedy)
+        yield waiting("batch", who="trainer", step=hub.asker.step, have=have, need=need)
+
+
+def reported_waits(hub: Hub, now_s: float) -> Iterator[Wait]:
+    """What trainer and actors said they wait for, those that are silent left out."""
+    if _trainer_lives(hub, now_s):
+        yield from hub.trainer_waits
+    for actor in hub.roster.live(now_s):
+        yield from actor.waits
+
+
+def _trainer_lives(hub: Hub, now_s: float) -> bool:
+    return now_s - hub.trainer_heard_s <= TRAINER_SILENT_S

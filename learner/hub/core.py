@@ -47,7 +47,9 @@ from protocols.messages import (
     Refuse,
     RefuseReason,
     StepDone,
+    TrainerBeat,
     TrainerHello,
+    TrainerMessage,
     TrainerWelcome,
     TreeUpload,
     Wait,
@@ -138,8 +140,10 @@ class Hub:
         self._outgoing: list[Outgoing] = []
         self.asker: Asker | None = None
         """The trainer, while it waits for a batch."""
-        self.training: int | None = None
-        """The step whose batch the trainer has, until it reports the step."""
+        self.trainer_heard_s = now_s
+        """Monotonic time of the trainer's last message."""
+        self.trainer_waits: tuple[Wait, ...] = ()
+        """What it was busy with by then."""
 
     def take_outgoing(self) -> list[Outgoing]:
         """What to send now that the transaction is on disk."""
@@ -157,7 +161,7 @@ class Hub:
     def handle(self, side: Side, received: Received, *, now_s: float, at: float) -> None:
         """Act on one message (at Unix time `at`)."""
         message = received.message
-        if isinstance(message, TrainerHello | BatchRequest | StepDone | Publish):
+        if isinstance(message, TrainerMessage):
             if side == "trainer":
                 self._handle_trainer(received.peer, message, now_s=now_s, at=at)
             else:
@@ -302,11 +306,13 @@ class Hub:
         if ready is not None:
             self._send("actors", peer, ready)
 
-    def _handle_trainer(
-        self, peer: bytes, message: TrainerHello | BatchRequest | StepDone | Publish, *, now_s: float, at: float
-    ) -> None:
+    def _handle_trainer(self, peer: bytes, message: TrainerMessage, *, now_s: float, at: float) -> None:
+        self.trainer_heard_s = now_s
         try:
             match message:
+                case TrainerBeat(waits=waits):
+                    self.trainer_waits = waits
+                    self._send("trainer", peer, Ok())
                 case TrainerHello():
                     self._welcome_trainer(peer, message, at=at)
                 case BatchRequest(step=step, settled=settled):
@@ -317,7 +323,6 @@ class Hub:
                     self.asker = Asker(peer, step, now_s)
                 case StepDone():
                     self.batches.done(message, at=at)
-                    self.training = None
                     self._send("trainer", peer, Ok())
                 case Publish():
                     self._publish(peer, message, at=at)
@@ -333,7 +338,7 @@ class Hub:
             detail = f"trainer has config {hello.config_digest}, this run {expected}; start both from RUN/config.json"
             self._refuse("trainer", peer, "wrong_config", detail)
         else:
-            self.asker, self.training = None, None
+            self.asker, self.trainer_waits = None, ()
             self._send("trainer", peer, TrainerWelcome(lineage=self.batches.begin_lineage(hello.step, at=at)))
 
     def _publish(self, peer: bytes, message: Publish, *, at: float) -> None:
@@ -365,17 +370,9 @@ class Hub:
             self._outgoing.append(
                 Outgoing("trainer", asker.peer, message, tuple(frame for frames in trees for frame in frames))
             )
-            self.asker, self.training = None, asker.step
+            self.asker = None
         elif now_s - asker.since_s >= BATCH_PATIENCE_S:
-            have, need = self.batches.complete_groups(), self.config.learner.groups_per_step
-            wait = Wait(
-                who="trainer",
-                what=f"the batch of step {asker.step}",
-                since_s=now_s - asker.since_s,
-                limit_s=60.0,
-                remedy=f"{have} of {need} groups are complete; start more actors or raise freshness.eta",
-            )
-            self._send("trainer", asker.peer, NotYet(waits=(wait,)))
+            self._send("trainer", asker.peer, NotYet())
             self.asker = None
 
     def _send(self, side: Side, peer: bytes, message: HubMessage) -> None:

@@ -14,8 +14,8 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from learner.hub.core import Hub, Outgoing, Side
 from learner.hub.journal import Journal
 from learner.hub.status import StatusReporter
-from learner.hub.waits import WaitBook
 from matpo.metrics import MetricsFile
+from matpo.waits import WaitBook, log_stalls
 from protocols.channel import HubSocket, Received
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -63,7 +63,7 @@ class Service:
         self._sockets = sockets
         self._heartbeat_s = heartbeat_s
         self._beat = beat
-        self._waits = WaitBook()
+        self._waits = WaitBook("hub")
         now_s = time.monotonic()
         refused: tuple[dict[str, int], ...] = tuple(socket.refused for socket in sockets.values())
         counted = journal.counter("trees"), journal.counter("sampled_tokens")
@@ -145,8 +145,7 @@ class Service:
         with self._journal.snapshot():
             status = self._status.read(now_s)
         self._metrics.append("hub", status)
-        for stall in self._waits.new_stalls(status.waits):
-            log.warning("stall", who=stall.who, waits_for=stall.what, since_s=stall.since_s, remedy=stall.remedy)
+        log_stalls(self._waits, status.waits)
 
     async def _listen(self, side: Side, inbox: MemoryObjectSendStream[Event]) -> None:
         while True:

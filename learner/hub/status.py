@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from learner.hub.conditions import conditions
+from learner.hub.conditions import conditions, reported_waits
 from learner.hub.core import Hub
 from learner.hub.figures import read_figures
 from learner.hub.journal import Journal
 from learner.hub.ledger import Ledger, read_ledger
-from learner.hub.waits import WaitBook
+from matpo.waits import WaitBook
 from protocols.messages import Wait
 from protocols.records import Record
 
@@ -124,7 +124,7 @@ class StatusReporter:
             staleness_mean=None if staleness is None else round(staleness, 6),
             staleness_max=recent.staleness_max,
             weights_served_bytes=hub.weights.served_bytes,
-            waits=(*own, *(wait for actor in hub.roster.live(now_s) for wait in actor.waits)),
+            waits=(*own, *reported_waits(hub, now_s)),
             refused=self._refused(),
         )
 

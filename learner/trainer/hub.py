@@ -10,6 +10,7 @@ from typing import Final, Self
 import structlog
 
 from learner.trainer.intake import StepInput
+from learner.trainer.pulse import Pulse
 from matpo.folder import HubAddress, RunFolder
 from protocols.channel import HubSilent, TrainerLink
 from protocols.messages import (
@@ -25,6 +26,7 @@ from protocols.messages import (
     TrainerHello,
     TrainerWelcome,
 )
+from protocols.records import step_of
 
 ANSWER_DEADLINE_S: Final = 300.0
 """Longest the hub may be away before the trainer gives up (its supervisor starts it again)."""
@@ -54,13 +56,16 @@ class Hub:
         self._stopping = stopping
         self._endpoint = _address(folder, stopping).trainer_endpoint
         self._link = TrainerLink(self._endpoint)
+        self._pulse = Pulse(folder)
 
     def __enter__(self) -> Self:
+        self._pulse.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._pulse.__exit__(kind, error, trace)
         self._link.__exit__(kind, error, trace)
 
     def hello(self, *, step: int, config_digest: str) -> int:
@@ -75,11 +80,13 @@ class Hub:
 
         `settled`: no checkpoint of an earlier step is kept.
         """
+        self._pulse.rest()
         while not self._stopping.is_set():
             asked = time.monotonic()
             answer, frames = self._ask(BatchRequest(step=step, settled=settled), f"the batch of step {step}")
             match answer:
                 case Batch():
+                    self._pulse.enter("step", step)
                     return answer, frames
                 case NotYet():
                     self._stopping.wait(max(0.0, PAUSE_S - (time.monotonic() - asked)))
@@ -92,10 +99,12 @@ class Hub:
         self._expect_ok(
             StepDone(step=step, trained=taken.trained, filtered=taken.filtered), f"step {step} in the ledger"
         )
+        self._pulse.enter("publish", step)
 
     def publish(self, message: Publish) -> None:
         """Announce weights whose files are on disk."""
         self._expect_ok(message, f"version {message.version} taken over")
+        self._pulse.enter("checkpoint", step_of(message.version))
 
     def _expect_ok(self, message: StepDone | Publish, waiting_for: str) -> None:
         answer, _ = self._ask(message, waiting_for)

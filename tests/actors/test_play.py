@@ -10,6 +10,7 @@ import anyio
 
 from actors import play
 from actors.play import Player
+from matpo.waits import waiting
 from protocols.messages import Lease
 from protocols.records import EpisodeTree, Task
 from tests.actors.trees import small_tree
@@ -112,7 +113,7 @@ async def test_episodes_wait_for_weights_that_are_new_enough_while_others_start(
         player.notice()
         await anyio.wait_all_tasks_blocked()
         assert theatre.begun == ["any/0"]
-        assert player.waiting_for == ("weights of version 2", "see the trainer's log and the actor's weight follower")
+        assert player.waiting_for == waiting("weights", version=2)
         theatre.version = 2
         player.notice()
         await anyio.wait_all_tasks_blocked()

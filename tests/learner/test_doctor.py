@@ -88,7 +88,16 @@ def test_every_kind_of_damage_shows_in_some_sum(tmp_path: Path, damage: str) -> 
 STATUS = {
     "stage": "hub",
     "time": 100.0,
-    "waits": [{"who": "trainer", "what": "a batch", "since_s": 50.0, "limit_s": 60.0, "remedy": "start actors"}],
+    "waits": [
+        {
+            "name": "batch",
+            "who": "trainer",
+            "what": "a batch",
+            "since_s": 50.0,
+            "limit_s": 60.0,
+            "remedy": "start actors",
+        }
+    ],
     "refused": {"malformed": 2},
 }
 

@@ -307,12 +307,12 @@ async def test_the_trainer_asks_again_and_takes_no_late_answer_for_a_new_one(
             tasks.start_soon(asked_from_a_thread, train)
             first, second = await hub.receive(), await hub.receive()
             assert first.message == second.message == BatchRequest(step=1)
-            await hub.send(second.peer, NotYet(waits=()))
-            await hub.send(first.peer, NotYet(waits=()))
+            await hub.send(second.peer, NotYet())
+            await hub.send(first.peer, NotYet())
             while not isinstance((received := await hub.receive()).message, StepDone):
                 pass
             await hub.send(received.peer, Ok())
-    assert answers == [NotYet(waits=()), Ok()]
+    assert answers == [NotYet(), Ok()]
 
 
 async def test_a_silent_hub_is_a_named_error_for_the_trainer(hub: HubSocket) -> None:

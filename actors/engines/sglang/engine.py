@@ -146,6 +146,9 @@ class SglangEngine:
             sampled_tokens=self.fleet.counts.sampled,
             prompt_tokens=self.fleet.counts.prompted,
             cached_tokens=self.fleet.counts.cached,
+            silent=tuple(
+                name for name, server in self.fleet.servers.items() if server.keeper.state in ("silent", "failed")
+            ),
         )
 
 

@@ -285,7 +285,7 @@ async def test_an_actor_that_waits_for_another_says_for_what(tmp_path: Path) -> 
                 follower.announce(actors.shelf.publish(0, delta=False))
                 while follower.waiting_for is None:
                     await anyio.lowlevel.checkpoint()
-                assert follower.waiting_for[0] == "another actor of this machine that brings weights 0"
+                assert follower.waiting_for.what == "another actor of this machine that brings weights 0"
             await actors.hubs[0].wait_reports(1)
             while follower.waiting_for is not None:
                 await anyio.lowlevel.checkpoint()

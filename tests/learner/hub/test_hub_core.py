@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from learner.hub.conditions import conditions
+from learner.hub.conditions import conditions, reported_waits
 from learner.hub.journal import Journal, JournalUnreadable
 from learner.hub.tasks import TaskCursor
-from learner.hub.waits import Condition, WaitBook
 from learner.hub.weights import KEYFRAMES_KEPT
+from matpo.waits import WaitBook, waiting
 from protocols.codec import encode_tree
 from protocols.messages import (
     BatchRequest,
@@ -22,6 +22,7 @@ from protocols.messages import (
     Publish,
     Refuse,
     RefuseReason,
+    TrainerBeat,
     TreeUpload,
     WeightObject,
     WeightsLoaded,
@@ -183,22 +184,27 @@ def test_waits_are_named_and_have_a_remedy(tmp_path: Path) -> None:
         at.start()
         assert list(conditions(at.hub, at.now_s)) == []
         at.batch(1)
-        (waiting,) = conditions(at.hub, at.now_s)
-        assert (waiting.who, waiting.what) == ("trainer", "the batch of step 1")
+        (batch,) = conditions(at.hub, at.now_s)
+        assert (batch.who, batch.what) == ("trainer", "the batch of step 1")
         at.step(seconds=5.0)
         silent = [c for c in conditions(at.hub, at.now_s) if c.what == "a heartbeat of actor-0"]
         assert len(silent) == 1 and "actor-0.jsonl" in silent[0].remedy
 
 
-def test_a_stall_is_reported_once_until_it_ends() -> None:
-    book, condition = WaitBook(), Condition("hub", "an actor", 10.0, "start one")
-    assert book.new_stalls(book.update([condition], 0.0)) == []
-    (stall,) = book.new_stalls(book.update([condition], 11.0))
-    assert stall.since_s == 11.0
-    assert book.new_stalls(book.update([condition], 12.0)) == []
-    assert book.new_stalls(book.update([], 13.0)) == []
-    assert book.update([condition], 14.0)[0].since_s == 0.0
-    assert len(book.new_stalls(book.update([condition], 30.0))) == 1
+def test_what_the_trainer_is_busy_with_is_shown_until_it_falls_silent(tmp_path: Path) -> None:
+    busy = WaitBook("trainer").update([waiting("step", step=1)], 0.0)
+    with bench(tmp_path) as at:
+        at.start()
+        assert at.send("trainer", "trainer", TrainerBeat(waits=busy)) == [Ok()]
+        assert list(reported_waits(at.hub, at.now_s)) == list(busy)
+        at.step(seconds=11.0)
+        at.hello()
+        assert list(reported_waits(at.hub, at.now_s)) == []
+        (silent,) = conditions(at.hub, at.now_s)
+        assert (silent.name, silent.since_s) == ("trainer", at.now_s - 11.0)
+        assert "it last waited for step 1 to be computed" in silent.remedy
+        at.trainer_hello()
+        assert list(conditions(at.hub, at.now_s)) == []
 
 
 def test_every_epoch_asks_every_task_once_in_an_order_of_its_own() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ from protocols.messages import (
     Publish,
     Refuse,
     StepDone,
+    TrainerBeat,
     TrainerHello,
     TrainerWelcome,
 )
@@ -113,6 +115,7 @@ class JournalHub:
         self.folder = folder
         self.published: list[Publish] = []
         self.steps_done: list[StepDone] = []
+        self.beats: queue.Queue[TrainerBeat] = queue.Queue()
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> JournalHub:
@@ -148,7 +151,7 @@ class JournalHub:
                 case BatchRequest(step=step):
                     groups = batches.plan(step)
                     if groups is None:
-                        return NotYet(waits=()), []
+                        return NotYet(), []
                     trees = batches.frames(groups)
                     counts = tuple(len(frames) for frames in trees)
                     return Batch(step=step, frame_counts=counts), [frame for frames in trees for frame in frames]
@@ -157,6 +160,8 @@ class JournalHub:
                     self.steps_done.append(message)
                 case Publish():
                     self.published.append(message)
+                case TrainerBeat():
+                    self.beats.put(message)
         except OutOfStep as error:
             return Refuse(reason="unexpected", detail=str(error)), []
         return Ok(), []
