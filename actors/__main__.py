@@ -101,12 +101,7 @@ async def run_actor(place: Place) -> None:
             reports=client,
             loaded=(player.notice,),
         )
-        watch = Watch(
-            place.actor_id,
-            engine,
-            own=lambda: (player.waiting_for, follower.waiting_for),
-            silent_tools=tools.silent,
-        )
+        watch = Watch(place.actor_id, engine, own=(player, follower), tools=tools)
         session = Session(client, hello, welcome, outbox=outbox, player=player, follower=follower, watch=watch)
         log.info("ready", hub=place.hub, run=welcome.run, outbox_trees=len(outbox))
         tasks = await enter(anyio.create_task_group())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import anyio
@@ -25,6 +25,21 @@ class Watched(Protocol):
     async def health(self) -> EngineHealth: ...
 
 
+class Waiter(Protocol):
+    """A part that can be kept waiting."""
+
+    @property
+    def waiting_for(self) -> Condition | None: ...
+
+
+class ToolServers(Protocol):
+    """What is looked at of the tools."""
+
+    def silent(self) -> Iterable[tuple[str, float]]:
+        """Every server, and the seconds for which calls to it have been without any answer."""
+        ...
+
+
 class Watch:
     """Looks at everything the actor can wait for."""
 
@@ -33,15 +48,15 @@ class Watch:
         actor_id: str,
         engine: Watched,
         *,
-        own: Callable[[], Iterable[Condition | None]],
-        silent_tools: Callable[[], Iterable[tuple[str, float]]],
+        own: Sequence[Waiter],
+        tools: ToolServers,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`own`: what player and follower wait for; `silent_tools`: tool servers and how long each owed an answer."""
+        """`own`: parts of the actor that know what they wait for."""
         self._actor_id = actor_id
         self._engine = engine
         self._own = own
-        self._silent_tools = silent_tools
+        self._tools = tools
         self._book = WaitBook(actor_id)
         self._clock = clock
         self._heard_s = self._moved_s = clock()
@@ -72,7 +87,7 @@ class Watch:
             await anyio.sleep(every_s)
 
     def _conditions(self, health: EngineHealth, now_s: float) -> Iterator[Condition]:
-        yield from (condition for condition in self._own() if condition is not None)
+        yield from (part.waiting_for for part in self._own if part.waiting_for is not None)
         if now_s - self._heard_s > QUIET_S:
             yield waiting("hub", since_s=self._heard_s)
         if now_s - self._moved_s > QUIET_S:
@@ -80,6 +95,6 @@ class Watch:
             yield waiting("engine", since_s=self._moved_s, **details)
         for server in health.silent:
             yield waiting("engine_server", server=server, actor=self._actor_id)
-        for server, silent_s in self._silent_tools():
+        for server, silent_s in self._tools.silent():
             if silent_s > QUIET_S:
                 yield waiting("tool_server", since_s=now_s - silent_s, server=server)

@@ -30,11 +30,9 @@ class Scene:
     def __init__(self) -> None:
         self.now_s = 100.0
         self.engine = Quiet()
-        self.own: list[Condition | None] = [None]
+        self.waiting_for: Condition | None = None
         self.tools: dict[str, float] = {"search": 0.0}
-        self.watch = Watch(
-            "actor-0", self.engine, own=lambda: self.own, silent_tools=self.silent, clock=lambda: self.now_s
-        )
+        self.watch = Watch("actor-0", self.engine, own=[self], tools=self, clock=lambda: self.now_s)
 
     def silent(self) -> Iterator[tuple[str, float]]:
         yield from self.tools.items()
@@ -87,6 +85,6 @@ async def test_a_tool_server_that_owes_an_answer_is_named() -> None:
 
 async def test_what_player_and_follower_wait_for_is_told_too() -> None:
     scene = Scene()
-    scene.own = [waiting("leases"), None]
+    scene.waiting_for = waiting("leases")
     await scene.names()
     assert await scene.names(after_s=3.0) == {"leases": 3.0}

@@ -140,7 +140,7 @@ def test_every_message_has_a_kind_of_its_own() -> None:
         for union in (ActorMessage, TrainerMessage, HubMessage)
         for member in get_args(union)
     ]
-    assert len(kinds) == len(set(kinds)) == 24
+    assert len(kinds) == len(set(kinds)) == 25
 
 
 def test_a_message_is_read_back_as_what_it_was() -> None:
