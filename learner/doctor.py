@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from learner.hub.bias import audit_journal
 from learner.hub.figures import read_figures
 from learner.hub.journal import Journal, JournalUnreadable
 from learner.hub.ledger import Check, Ledger, checks, read_ledger
@@ -24,6 +25,7 @@ from matpo.config import Config
 from matpo.errors import UserError, run_command
 from matpo.folder import HubAddress, RunFolder
 from matpo.freshness import Forecast, forecast
+from matpo.length_bias import REMEDY, BiasAudit
 from matpo.load import load_config
 from matpo.metrics import read_metrics
 from matpo.tool_figures import ActorFigures, ToolFigures, together
@@ -68,6 +70,8 @@ class Report(Record):
     staleness_mean: float | None
     staleness_max: int | None
     refused: dict[str, int]
+    bias: BiasAudit
+    """Whether long or hard episodes are missing from what is trained on."""
     tools: tuple[ToolFigures, ...]
     """Of all actors together, as far as they write into this folder."""
     forecast: Forecast
@@ -80,7 +84,7 @@ def examine(folder: RunFolder, *, now: float) -> Report:
         with Journal.open_read_only(folder.journal) as journal, journal.snapshot():
             ledger, sums = read_ledger(journal), tuple(checks(journal))
             step = journal.number("SELECT MAX(step) FROM steps WHERE undone = 0")
-            consumed = read_figures(journal, first=1, last=step)
+            consumed, bias = read_figures(journal, first=1, last=step), audit_journal(journal)
     except JournalUnreadable as error:
         raise UserError(str(error)) from error
     address, (status, actors) = folder.hub_address(), last_lines(folder)
@@ -104,6 +108,7 @@ def examine(folder: RunFolder, *, now: float) -> Report:
         staleness_mean=consumed.staleness_mean,
         staleness_max=consumed.staleness_max,
         refused={} if status is None else status.refused,
+        bias=bias,
         tools=tuple(figures for figures in together(actors) if figures.calls),
         forecast=expected(config),
     )
@@ -182,6 +187,10 @@ def show(report: Report, console: Console) -> None:
         console.print("refused messages: " + ", ".join(f"{count} {name}" for name, count in report.refused.items()))
     if report.tools:
         console.print(_tools(report.tools))
+    for alarm in report.bias.alarms:
+        console.print(f"[bold red]LENGTH BIAS[/bold red] {alarm}")
+    if report.bias.alarms:
+        console.print(f"  {REMEDY}")
     if report.staleness_mean is not None:
         console.print(f"staleness: {report.staleness_mean:.2f} steps on average, {report.staleness_max} at most")
     console.print(f"forecast: {report.forecast.advice}")

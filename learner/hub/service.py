@@ -14,6 +14,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from learner.hub.core import Hub, Outgoing, Side
 from learner.hub.journal import Journal
 from learner.hub.status import StatusReporter
+from matpo.length_bias import REMEDY
 from matpo.metrics import MetricsFile
 from matpo.waits import WaitBook, log_stalls
 from protocols.channel import HubSocket, Received
@@ -70,6 +71,7 @@ class Service:
         self._status = StatusReporter(hub, journal, steps, self._waits, refused, now_s, *counted)
         self._next_status_s = now_s
         self._undelivered: list[Outgoing] = []
+        self._biased = False
 
     async def run(self) -> bool:
         """Serve until all is done; True if the run is complete, False if a signal ended it."""
@@ -146,6 +148,9 @@ class Service:
             status = self._status.read(now_s)
         self._metrics.append("hub", status)
         log_stalls(self._waits, status.waits)
+        if status.bias.alarms and not self._biased:
+            log.warning("length bias", found=status.bias.alarms, remedy=REMEDY)
+        self._biased = bool(status.bias.alarms)
 
     async def _listen(self, side: Side, inbox: MemoryObjectSendStream[Event]) -> None:
         while True:

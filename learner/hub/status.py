@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from learner.hub.bias import audit_journal
 from learner.hub.conditions import conditions, reported_waits
 from learner.hub.core import Hub
 from learner.hub.figures import read_figures
 from learner.hub.journal import Journal
 from learner.hub.ledger import Ledger, read_ledger
+from matpo.length_bias import BiasAudit
 from matpo.waits import WaitBook
 from protocols.messages import Wait
 from protocols.records import Record
@@ -56,6 +58,8 @@ class HubStatus(Record):
     """Of the trees in the last two batches."""
     staleness_mean: float | None
     staleness_max: int | None
+    bias: BiasAudit
+    """Whether long or hard episodes are missing from what is trained on; as of the last step."""
     weights_served_bytes: int
     """Weight objects handed out in chunks since this hub started."""
     waits: tuple[Wait, ...]
@@ -74,6 +78,8 @@ class StatusReporter:
     last_s: float
     last_trees: int
     last_tokens: int
+    _audited: tuple[int, BiasAudit] | None = None
+    """Step, and what was found then."""
 
     def read(self, now_s: float) -> HubStatus:
         """The status at this moment, inside a transaction or snapshot of the caller."""
@@ -123,10 +129,17 @@ class StatusReporter:
             reward_mean=None if reward is None else round(reward, 6),
             staleness_mean=None if staleness is None else round(staleness, 6),
             staleness_max=recent.staleness_max,
+            bias=self._bias(),
             weights_served_bytes=hub.weights.served_bytes,
             waits=(*own, *reported_waits(hub, now_s)),
             refused=self._refused(),
         )
+
+    def _bias(self) -> BiasAudit:
+        step = self.hub.batches.step
+        if self._audited is None or self._audited[0] != step:
+            self._audited = step, audit_journal(self.journal)
+        return self._audited[1]
 
     def _refused(self) -> dict[str, int]:
         total: dict[str, int] = {}
