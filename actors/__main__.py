@@ -75,9 +75,7 @@ async def run_actor(place: Place) -> None:
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         outbox = stack.enter_context(Outbox.open(folder, limit_trees=config.actor.outbox_limit_trees))
-        client = await enter(
-            HubClient.connect(place.hub, identity=place.actor_id, keys=keys, deadline_s=place.patience_s)
-        )
+        client = await enter(HubClient.connect(place.hub, keys=keys, deadline_s=place.patience_s))
         welcome = await greet(client, hello, deadline_s=place.patience_s)
         engine_log = place.state / "logs" / f"{place.actor_id}-engine.log"
         model, lora = model_folder(config.model), config.model.served_adapter

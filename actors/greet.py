@@ -29,7 +29,7 @@ async def greet(client: HubClient, hello: Hello | PullHello, *, deadline_s: floa
                             return message
                         case Refuse(reason="draining", detail=detail):
                             raise SentHome(f"the hub lets nobody in: {detail}")
-                        case Refuse(reason="wrong_config" | "wrong_protocol", detail=detail):
+                        case Refuse(reason="wrong_config" | "wrong_protocol" | "wrong_key", detail=detail):
                             who = "actor" if isinstance(hello, Hello) else "relay"
                             raise UserError(f"the hub refused this {who}: {detail}")
                         case _:  # meant for an earlier actor of this name

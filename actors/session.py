@@ -99,7 +99,7 @@ class Session:
             await self._client.send(self._hello)
         elif refusal.reason == "unknown_lease":
             self._player.cancel(refusal.about)
-        elif refusal.reason == "wrong_config":
+        elif refusal.reason in ("wrong_config", "wrong_key"):
             raise UserError(f"the hub refused this actor: {refusal.detail}")
         else:
             log.warning("refused", reason=refusal.reason, detail=refusal.detail, about=refusal.about)

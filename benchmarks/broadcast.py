@@ -122,7 +122,7 @@ async def follow(endpoint: str, name: str, config: Config, memory: Path) -> None
         os._exit(0)
 
     threading.Thread(target=heed, daemon=True).start()
-    async with HubClient.connect(endpoint, identity=name) as client, anyio.create_task_group() as tasks:
+    async with HubClient.connect(endpoint) as client, anyio.create_task_group() as tasks:
         welcome = await greet(client, hello, deadline_s=PATIENCE_S)
         with Shadow.open(f"{welcome.run}-{name}", memory=memory) as shadow:
             follower = Follower(shadow, engine=Holder(), sources=Sources(HubSource(client)), reports=client)
@@ -138,7 +138,7 @@ async def follow(endpoint: str, name: str, config: Config, memory: Path) -> None
 
 async def pull(endpoint: str, wanted: WeightObject, folder: Path) -> float:
     """CPU seconds of this process for pulling the object `PULLS` times into a file."""
-    async with HubClient.connect(endpoint, identity="puller") as client:
+    async with HubClient.connect(endpoint) as client:
         await greet(client, PullHello(protocol=PROTOCOL, puller_id="puller", run=None), deadline_s=PATIENCE_S)
         began = time.process_time()
         for _ in range(PULLS):

@@ -176,7 +176,7 @@ async def measure_loopback(endpoint: str, frames: list[bytes], rounds: int) -> l
     size = sum(map(len, frames))
     uploads: list[float] = []
     pulls: list[float] = []
-    async with HubClient.connect(endpoint, identity="benchmark") as client:
+    async with HubClient.connect(endpoint) as client:
         with anyio.fail_after(200):
             for _ in range(rounds):
                 uploads.append(await keep_window(client, lambda n: TreeUpload(tree_id=str(n)), frames, 400))

@@ -80,7 +80,7 @@ def prepare(config: Path | None, overrides: Sequence[str], run: Path | None) -> 
         return RunFolder.create(settings)
     folder = RunFolder(run)
     folder.path.mkdir(parents=True, exist_ok=True)
-    folder.config.write_text(settings.model_dump_json(indent=2), encoding="utf-8")
+    folder.write_config(settings)
     return folder
 
 

@@ -182,6 +182,10 @@ class Hub(Section):
     min_group: int = Field(default=2, ge=2)
     """Fewest scored trees for a group to be trained on."""
     max_message_bytes: int = Field(default=256 * 2**20, ge=2**16)
+    max_messages_per_s: float = Field(default=5_000, gt=0)
+    """From one actor; more is refused and counted. Twice as many may come at once after a pause."""
+    max_bytes_per_s: float = Field(default=256 * 2**20, gt=0)
+    """From one actor, likewise."""
     key_dir: Path | None = None
     """CURVE keys (`matpo keys new`); required to listen beyond this machine."""
     keyframe_every_steps: int = Field(default=20, ge=1)
@@ -303,6 +307,8 @@ class Config(Section):
                 f"actor.count = {self.actor.count}, and all of them would use the same servers or GPUs; set it to 1 and"
                 " give that actor several servers"
             )
+        if self.actor.weights.relay_key is not None and self.hub.key_dir is None:
+            raise ValueError("actor.weights.relay_key has no effect without keys; set hub.key_dir")
         return self
 
     @model_validator(mode="after")

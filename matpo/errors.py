@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import TypeVar
+
+from matpo.redaction import hide
 
 Kind = TypeVar("Kind", bound=Exception)
 
@@ -14,14 +18,19 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """Run an entry point: a `UserError` becomes one line on stderr and exit code 2."""
+    """Run an entry point: a `UserError` becomes one line on stderr and exit code 2. No secret is printed."""
+    sys.excepthook = _print_hidden
     try:
         return main()
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {hide(str(error))}\n")
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _print_hidden(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(hide("".join(traceback.format_exception(kind, error, trace))))
 
 
 def first_error(group: BaseExceptionGroup[BaseException], *kinds: type[Kind]) -> Kind | None:

@@ -11,6 +11,7 @@ import orjson
 
 from matpo.config import Config
 from matpo.errors import UserError
+from matpo.load import SECRETS_FILE
 from protocols.records import Record
 
 
@@ -44,7 +45,7 @@ class RunFolder:
                 raise UserError(
                     f"run.dir {str(config.run.dir)!r} cannot be written ({error.strerror}); give another"
                 ) from error
-            folder.config.write_bytes(orjson.dumps(config.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
+            folder.write_config(config)
             return folder
         raise UserError(f"run.dir {str(config.run.dir)!r} already holds a hundred runs of this second; wait a moment")
 
@@ -55,6 +56,16 @@ class RunFolder:
         if not folder.config.is_file():
             raise UserError(f"run {str(path)!r} holds no config.json; give a folder that `matpo run` made")
         return folder
+
+    def write_config(self, config: Config) -> None:
+        """Write the settings; what may be secret in them goes to a file beside them that only its owner may read."""
+        self.config.write_bytes(orjson.dumps(config.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
+        secrets = {name: hidden for name, entry in config.tools.mcpServers.items() if (hidden := entry.hidden())}
+        if secrets:
+            path = self.config.with_name(SECRETS_FILE)
+            path.unlink(missing_ok=True)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(orjson.dumps(secrets))
 
     @property
     def config(self) -> Path:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import difflib
 import json
+import stat
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Final
 
-from pydantic import BaseModel, JsonValue, ValidationError
+from pydantic import BaseModel, JsonValue, TypeAdapter, ValidationError
 
 from matpo.config import Config
 from matpo.errors import UserError
+from matpo.redaction import HIDDEN
 
 Tree = dict[str, JsonValue]
+
+SECRETS_FILE: Final = "secrets.json"
+"""Beside a run's config.json, where that shows `<hidden>`: server → setting → value."""
+_SECRETS: Final = TypeAdapter(dict[str, Tree])
+_NOT_SECRET: Final = frozenset({"matpo", "command", "type", "cwd", "disabled", "envFile"})
+"""Settings of a tool server whose values errors may quote."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -29,12 +38,36 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         tree: Tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"config file {str(path)!r} cannot be parsed: {error}") from error
+    if path.suffix == ".json":
+        _fill_in(tree, path.with_name(SECRETS_FILE))
     for override in overrides:
         _apply(tree, override)
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, Config)}") from error
+    for entry in config.tools.mcpServers.values():
+        entry.conceal()
+    return config
+
+
+def _fill_in(tree: Tree, secrets: Path) -> None:
+    """Put back what a run's config.json does not show."""
+    tools = tree.get("tools")
+    servers = tools.get("mcpServers") if isinstance(tools, dict) else None
+    if not secrets.is_file() or not isinstance(servers, dict):
+        return
+    mode = stat.S_IMODE(secrets.stat().st_mode)
+    if mode & 0o077:
+        raise UserError(f"{str(secrets)!r} can be read by others (mode {mode:04o}); run `chmod 600 {secrets}`")
+    try:
+        hidden = _SECRETS.validate_json(secrets.read_bytes())
+    except ValidationError as error:
+        raise UserError(f"{str(secrets)!r} is damaged; remove it and give the secrets as overrides") from error
+    for name, values in hidden.items():
+        entry = servers.get(name)
+        if isinstance(entry, dict):
+            entry.update(values)
 
 
 def _apply(tree: Tree, override: str) -> None:
@@ -50,7 +83,7 @@ def _apply(tree: Tree, override: str) -> None:
     for section in sections:
         child = node.setdefault(section, {})
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {section!r} is a value, not a section")
+            raise UserError(f"override {key!r}: {section!r} is a value, not a section")
         node = child
     node[last] = value
 
@@ -67,15 +100,23 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(sorted(known)) or 'none'}"
         if location[-2:-1] and not close and location[-2] in _kinds(_nodes_at(model, location[:-2])):
             hint += f'; to change the kind, replace the section: {".".join(location[:-2])}={{kind="…", …}}'
-        return f"unknown option {key} = {first['input']!r}; {hint}{more}"
+        return f"unknown option {key}{_quoted(location, first['input'])}; {hint}{more}"
     if first["type"] == "missing":
         return f"option {key} is missing; set it{more}"
     if first["type"] == "union_tag_not_found":
         tag = str(first.get("ctx", {}).get("discriminator", "")).strip("'")
         return f"option {key}.{tag} is missing; known here: {', '.join(_tags_at(model, location, tag))}{more}"
     message = first["msg"].removeprefix("Value error, ")
-    value = f" = {first['input']!r}" if key and not isinstance(first["input"], dict) else ""
+    value = "" if isinstance(first["input"], dict) else _quoted(location, first["input"])
     return f"{key}{value}: {message}{more}" if key else f"{message}{more}"
+
+
+def _quoted(location: Sequence[str], value: object) -> str:
+    """The value an error is about, unless it may be secret."""
+    if not location:
+        return ""
+    inside = location[location.index("mcpServers") + 2 :] if "mcpServers" in location else location
+    return f" = {value!r}" if inside is location or (inside and inside[0] in _NOT_SECRET) else f" = {HIDDEN}"
 
 
 def _tags_at(model: type[BaseModel], location: Sequence[str], tag: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Literal
 import orjson
 from pydantic import JsonValue
 
+from matpo.redaction import hide
 from protocols.records import Record
 
 Stage = Literal["trainer", "hub", "evaluation", "weights", "actor"]
@@ -26,7 +27,7 @@ class MetricsFile:
     def append(self, stage: Stage, record: Record) -> None:
         """Write one line: the Unix time, the stage, then the record's fields."""
         line = {"time": round(time.time(), 3), "stage": stage, **record.model_dump(mode="json")}
-        os.write(self._descriptor, orjson.dumps(line) + b"\n")
+        os.write(self._descriptor, hide(orjson.dumps(line).decode()).encode() + b"\n")
 
     def close(self) -> None:
         os.close(self._descriptor)

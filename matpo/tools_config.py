@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import Field, JsonValue, model_validator
 
+from matpo import redaction
+from matpo.redaction import Secret, SecretArguments, SecretUrl
 from matpo.section import Section
 
 MEANINGLESS_KEYS = frozenset(
@@ -74,13 +76,13 @@ class McpServer(Section):
     """One entry of the usual `mcpServers` object, with our extras under `matpo`."""
 
     command: str | None = None
-    args: tuple[str, ...] = ()
-    env: dict[str, str] = Field(default={})
+    args: SecretArguments = ()
+    env: dict[str, Secret] = Field(default={}, repr=False)
     envFile: str | None = None
     """More environment variables, one KEY=VALUE a line; `env` wins."""
     cwd: str | None = None
-    url: str | None = None
-    headers: dict[str, str] = Field(default={})
+    url: SecretUrl = None
+    headers: dict[str, Secret] = Field(default={}, repr=False)
     type: Literal["stdio", "http", "streamable-http", "streamableHttp", "sse"] | None = None
     disabled: bool = False
     """The server is not started and its tools do not exist."""
@@ -102,6 +104,21 @@ class McpServer(Section):
             if key in self.model_fields_set and dict(self)[key]:
                 raise ValueError(f"`{key}` has no effect on a server with a `{'url' if self.url else 'command'}`")
         return self
+
+    def conceal(self) -> None:
+        """Have no text of this process show what may be secret here."""
+        for name, value in (*self.env.items(), *self.headers.items()):
+            redaction.conceal(name, value)
+        redaction.conceal_arguments(self.args)
+        redaction.conceal_url(self.url or "")
+
+    def hidden(self) -> dict[str, JsonValue]:
+        """What the JSON form does not show, in full."""
+        seen = self.model_dump(mode="json")
+        full: dict[str, JsonValue] = {
+            "args": list(self.args), "env": {**self.env}, "headers": {**self.headers}, "url": self.url
+        }  # fmt: skip
+        return {key: value for key, value in full.items() if seen[key] != value}
 
     @property
     def transport(self) -> Transport:

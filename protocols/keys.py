@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,8 @@ from protocols.records import Record
 HUB_FILE: Final = "hub.key"
 ACTOR_FILE: Final = "actor.key"
 ALLOWED_FILE: Final = "allowed_actors"
-_Z85: Final = r"^[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}$"
+PUBLIC_KEY: Final = r"^[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}$"
+"""Z85, as ZeroMQ writes keys."""
 
 
 class BadKeys(ValueError):
@@ -25,18 +27,18 @@ class BadKeys(ValueError):
 class KeyPair(Record):
     """A CURVE25519 pair in Z85 (40 characters each), the encoding of ZeroMQ's own tools."""
 
-    public: str = Field(pattern=_Z85)
-    secret: str = Field(pattern=_Z85, repr=False)
+    public: str = Field(pattern=PUBLIC_KEY)
+    secret: str = Field(pattern=PUBLIC_KEY, repr=False)
 
 
 class _ActorFile(Record):
     pair: KeyPair
-    hub: str = Field(pattern=_Z85)
+    hub: str = Field(pattern=PUBLIC_KEY)
 
 
 @dataclass(frozen=True, slots=True)
 class HubKeys:
-    """What a hub needs to listen beyond its machine."""
+    """What a hub, or a relay, needs to listen beyond its machine."""
 
     pair: KeyPair
     directory: Path = field(repr=False)
@@ -45,9 +47,19 @@ class HubKeys:
     def load(cls, directory: Path) -> Self:
         """Read `hub.key`. Raises `BadKeys`."""
         try:
-            return cls(KeyPair.model_validate_json(_read_secret(directory / HUB_FILE)), directory)
+            pair = KeyPair.model_validate_json(_read_secret(directory / HUB_FILE))
         except ValidationError as error:
             raise _broken(directory / HUB_FILE) from error
+        allowed(directory)
+        return cls(pair, directory)
+
+    @classmethod
+    def of_relay(cls, directory: Path) -> Self:
+        """A relay listens with its own pair (`actor.key`) and its own list: it is not the hub. Raises `BadKeys`."""
+        pair = ActorKeys.load(directory).pair
+        if not allowed(directory):
+            raise BadKeys(f"{directory / ALLOWED_FILE} lets nobody in; run `matpo keys allow {directory} KEY`")
+        return cls(pair, directory)
 
     def allows(self, public: str) -> bool:
         """Whether the actor with this public key may come in. Read anew every time: no restart after `allow`."""
@@ -72,34 +84,58 @@ class ActorKeys:
         return cls(keys.pair, keys.hub)
 
 
-def write_keys(directory: Path, *, hub: KeyPair, actor: KeyPair) -> None:
-    """Write `hub.key`, `actor.key` (to be copied to the actors' machines) and the list of allowed actors.
+def write_hub_keys(directory: Path, *, hub: KeyPair, actor: KeyPair) -> None:
+    """Write `hub.key`, `actor.key` (to be copied to an actor's machine) and the list of allowed actors.
 
-    Raises `BadKeys` where a hub key exists already: replacing it would lock every actor out.
+    Raises `BadKeys` where keys exist already: replacing them would lock every actor out.
     """
-    if (directory / HUB_FILE).exists():
-        raise BadKeys(f"{directory / HUB_FILE} exists already; remove {directory} first or choose another directory")
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _require_new(directory, HUB_FILE)
+    write_actor_keys(directory, actor, hub=hub.public)
     _write_secret(directory / HUB_FILE, hub.model_dump_json())
-    _write_secret(directory / ACTOR_FILE, _ActorFile(pair=actor, hub=hub.public).model_dump_json())
     allow(directory, actor.public)
+
+
+def write_actor_keys(directory: Path, pair: KeyPair, *, hub: str) -> None:
+    """Write `actor.key` for the hub with this public key. Raises `BadKeys` where there is one already."""
+    check_public(hub)
+    _require_new(directory, ACTOR_FILE)
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise BadKeys(f"folder {directory} cannot be made ({error.strerror}); give another") from error
+    _write_secret(directory / ACTOR_FILE, _ActorFile(pair=pair, hub=hub).model_dump_json())
+
+
+def check_public(public: str) -> None:
+    """Raise `BadKeys` for what is no public key."""
+    if not re.fullmatch(PUBLIC_KEY, public):
+        raise BadKeys(f"{public!r} is not a public key (40 Z85 characters, as `matpo keys show` prints)")
 
 
 def allow(directory: Path, public: str) -> None:
     """Let the actor with this public key in; a running hub notices at once. Raises `BadKeys` for a malformed key."""
-    try:
-        KeyPair(public=public, secret=public)
-    except ValidationError as error:
-        raise BadKeys(f"{public!r} is not a public key (40 Z85 characters, as `matpo keys show` prints)") from error
+    check_public(public)
+    if not directory.is_dir():
+        raise BadKeys(f"folder {directory} does not exist; make keys with `matpo keys new {directory}`")
     known = allowed(directory)
     if public not in known:
         _write_secret(directory / ALLOWED_FILE, "".join(f"{key}\n" for key in [*known, public]))
 
 
 def allowed(directory: Path) -> list[str]:
-    """Public keys of the actors that may come in."""
+    """Public keys of those who may come in. Raises `BadKeys` where others could have written the list."""
     path = directory / ALLOWED_FILE
-    return path.read_text(encoding="ascii", errors="replace").split() if path.exists() else []
+    if not path.exists():
+        return []
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o022:
+        raise BadKeys(f"key list {path} can be changed by others (mode {mode:04o}); run `chmod 600 {path}`")
+    return path.read_text(encoding="ascii", errors="replace").split()
+
+
+def _require_new(directory: Path, name: str) -> None:
+    if (directory / name).exists():
+        raise BadKeys(f"{directory / name} exists already; remove {directory} first or choose another directory")
 
 
 def _read_secret(path: Path) -> bytes:

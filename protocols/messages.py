@@ -24,21 +24,29 @@ MaybeVersion = Annotated[int, Field(ge=-1, le=LARGEST)]
 Purpose = Literal["train", "eval"]
 RefuseReason = Literal[
     "malformed", "oversized", "unknown_peer", "wrong_protocol", "wrong_config",
-    "unknown_weights", "unknown_lease", "unknown_object", "unexpected", "draining",
+    "wrong_key", "unknown_weights", "unknown_lease", "unknown_object", "unexpected", "draining", "too_fast",
 ]  # fmt: skip
+
+Name = Annotated[str, Field(max_length=200)]
+"""An id or a digest."""
+Prose = Annotated[str, Field(max_length=4000)]
+"""Words for people."""
+Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+PeerId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+"""Who an actor or a relay says it is; also part of file names."""
 
 
 class Wait(Record):
     """Something a process is waiting for right now; `matpo.waits` lists all there are."""
 
-    name: str
-    who: str
-    what: str
-    since_s: float
-    """Seconds the wait has lasted."""
-    limit_s: float
-    """Seconds after which it is reported as a stall."""
-    remedy: str
+    name: Name
+    who: Name
+    what: Prose
+    since_s: Seconds
+    """How long the wait has lasted."""
+    limit_s: Seconds
+    """After how long it is reported as a stall."""
+    remedy: Prose
 
 
 class WeightObject(Record):
@@ -50,7 +58,7 @@ class WeightObject(Record):
     version: Count
     base: Count | None
     size_bytes: Count
-    digest: str
+    digest: Name
     """xxh3-128 of the file's bytes."""
 
 
@@ -62,11 +70,11 @@ class Hello(Record):
 
     kind: Literal["hello"] = "hello"
     protocol: int
-    actor_id: str
-    tokenizer_digest: str
-    config_digest: str
+    actor_id: PeerId
+    tokenizer_digest: Name
+    config_digest: Name
     """Digest of the settings both sides must share (roles, tools, rewards, model)."""
-    capacity: Count
+    capacity: int = Field(ge=0, le=2**20)
     """Episodes it can play at once."""
 
 
@@ -75,8 +83,8 @@ class PullHello(Record):
 
     kind: Literal["pull_hello"] = "pull_hello"
     protocol: int
-    puller_id: str
-    run: str | None
+    puller_id: PeerId
+    run: Name | None
     """The run whose weights are wanted; None: whichever is here."""
 
     def refusal(self, run: str) -> Refuse | None:
@@ -103,14 +111,14 @@ class TreeUpload(Record):
     """A finished tree, as frames (see `protocols.codec`). Kept by the actor until `Ack`."""
 
     kind: Literal["tree_upload"] = "tree_upload"
-    tree_id: str
+    tree_id: Name
 
 
 class Heartbeat(Record):
     """Renews the leases it names and says what the actor is doing."""
 
     kind: Literal["heartbeat"] = "heartbeat"
-    leases: tuple[str, ...]
+    leases: tuple[Name, ...] = Field(max_length=2**16)
     version: MaybeVersion
     """Weights the engine holds; -1 for none yet."""
     live_episodes: Count
@@ -121,14 +129,14 @@ class Heartbeat(Record):
     """Given to the engine since it started; 0 where it does not count them."""
     cached_tokens: Count = 0
     """How many of those the engine still had keys and values of."""
-    waits: tuple[Wait, ...] = ()
+    waits: tuple[Wait, ...] = Field(default=(), max_length=64)
 
 
 class ChunkRequest(Record):
     """Asks for `size_bytes` bytes of a weight object from `offset`."""
 
     kind: Literal["chunk_request"] = "chunk_request"
-    name: str
+    name: Name
     offset: Count
     size_bytes: int = Field(ge=1, le=MAX_CHUNK_BYTES)
 
@@ -138,8 +146,8 @@ class WeightsLoaded(Record):
 
     kind: Literal["weights_loaded"] = "weights_loaded"
     version: Count
-    digest: str
-    pause_s: float
+    digest: Name
+    pause_s: Seconds
     """Seconds generation stood still for the swap."""
 
 
@@ -147,7 +155,7 @@ class Goodbye(Record):
     """The actor leaves; its leases go back at once."""
 
     kind: Literal["goodbye"] = "goodbye"
-    reason: str
+    reason: Prose
 
 
 # Hub → actor
@@ -157,31 +165,31 @@ class Welcome(Record):
     """The hub knows the actor; work and weights may follow."""
 
     kind: Literal["welcome"] = "welcome"
-    run: str
-    heartbeat_s: float
+    run: Name
+    heartbeat_s: Seconds
 
 
 class Lease(Record):
     """The right to play some episodes of one task until it expires."""
 
     kind: Literal["lease"] = "lease"
-    lease_id: str
-    group_id: str
+    lease_id: Name
+    group_id: Name
     task: Task
-    episodes: tuple[int, ...]
+    episodes: tuple[Count, ...] = Field(max_length=2**16)
     """Indexes within the group."""
     purpose: Purpose
-    min_version: int
+    min_version: MaybeVersion
     """Play only with weights at least this new."""
-    expires_s: float
-    """Seconds from now, renewed by every heartbeat that names the lease."""
+    expires_s: Seconds
+    """From now, renewed by every heartbeat that names the lease."""
 
 
 class Ack(Record):
     """The tree is in the journal; the actor may forget it."""
 
     kind: Literal["ack"] = "ack"
-    tree_id: str
+    tree_id: Name
 
 
 class Refuse(Record):
@@ -198,18 +206,18 @@ class Cancel(Record):
     """Stop playing a lease; nothing of it will be accepted."""
 
     kind: Literal["cancel"] = "cancel"
-    lease_id: str
-    reason: str
+    lease_id: Name
+    reason: Prose
 
 
 class WeightsReady(Record):
     """New weights can be pulled. Repeated with every heartbeat, so losing one is harmless."""
 
     kind: Literal["weights_ready"] = "weights_ready"
-    version: int
-    digest: str
-    """Digest of the whole weights at `version` (see `protocols.weights`)."""
-    objects: tuple[WeightObject, ...]
+    version: Count
+    digest: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    """Digest of the whole weights at `version` (see `protocols.weights`); also part of a file name."""
+    objects: tuple[WeightObject, ...] = Field(max_length=2**16)
     """The actor pulls the smallest chain from what it holds to `version`."""
 
 
@@ -217,15 +225,15 @@ class Chunk(Record):
     """Bytes of a weight object, in one raw frame."""
 
     kind: Literal["chunk"] = "chunk"
-    name: str
-    offset: int
+    name: Name
+    offset: Count
 
 
 class Drain(Record):
     """Finish or return what you hold, then leave."""
 
     kind: Literal["drain"] = "drain"
-    reason: str
+    reason: Prose
 
 
 # Trainer ↔ hub

@@ -36,7 +36,7 @@ class KeysNeeded(ChannelError, ValueError):
     def __init__(self, endpoint: str) -> None:
         super().__init__(
             f"{endpoint} is not on this machine and no keys are set; make them with `matpo keys new DIR`"
-            " and set hub.key_dir=DIR"
+            " and set hub.key_dir=DIR (matpo-relay: --key-dir DIR)"
         )
 
 
@@ -61,10 +61,11 @@ class WrongKey(ChannelError):
 
     def __init__(self, endpoint: str, keys: ActorKeys | None) -> None:
         super().__init__(
-            f"hub at {endpoint} wants keys; copy actor.key from its hub.key_dir and set hub.key_dir to where it lies"
+            f"hub at {endpoint} wants keys; make some with `matpo keys new DIR --hub KEY` (the public key that `matpo"
+            " keys show` prints there) and set hub.key_dir=DIR"
             if keys is None
-            else f"hub at {endpoint} does not accept the key {keys.pair.public}; there, run `matpo keys allow"
-            f" '{keys.pair.public}'` and check that this actor.key was made together with its hub.key"
+            else f"hub at {endpoint} does not accept the key {keys.pair.public}; there, run `matpo keys allow DIR"
+            f" '{keys.pair.public}'`, and check that its public key is {keys.hub}"
         )
 
 
@@ -83,9 +84,11 @@ class Received:
     """One accepted message of an actor or the trainer."""
 
     peer: bytes
-    """Routing id to answer to: an actor's id, or an invented one for the trainer."""
+    """Connection to answer to."""
     message: HubInput
     frames: tuple[memoryview, ...]
+    key: str | None = None
+    """The public key whose owner sent it; None where no keys are used."""
 
 
 def is_local(endpoint: str) -> bool:
@@ -125,12 +128,6 @@ def check_listen(endpoint: str, keys: HubKeys | None) -> None:
         return  # ZeroMQ also takes the name of an interface
     except OSError as error:
         raise CannotListen(endpoint, error.strerror or str(error)) from error
-
-
-def check_identity(identity: str) -> None:
-    """Raise `ChannelError` for an actor id that cannot be a ZeroMQ routing id."""
-    if not 1 <= len(identity.encode()) <= 255 or identity[0] == "\0":
-        raise ChannelError(f"actor id {identity!r} must be 1 to 255 bytes long and not start with a zero byte")
 
 
 def read_for_hub(parts: Sequence[memoryview], *, max_message_bytes: int) -> HubInput | Refuse:

@@ -9,6 +9,8 @@ from pathlib import Path
 from actors.tools.mcp_file import read_mcp_file
 from matpo.config import McpServer, Tools
 from matpo.errors import UserError
+from matpo.load import SECRETS_FILE
+from matpo.redaction import HIDDEN, conceal
 
 _PLACE = re.compile(r"\$\{([^}]*)\}")
 _VARIABLE = re.compile(r"(?:env:)?([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
@@ -17,6 +19,12 @@ _SETTING = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*)")
 
 def expand(text: str, variables: Mapping[str, str], *, server: str) -> str:
     """`text` with its variables filled in. Raises `UserError` naming the server and the variable that is not set."""
+
+    if HIDDEN in text:
+        raise UserError(
+            f"tool server {server!r} has a setting that a run's config.json does not show, and {SECRETS_FILE} is not"
+            " beside it; give the original config, or the setting as an override"
+        )
 
     def value(match: re.Match[str]) -> str:
         variable = _VARIABLE.fullmatch(match[1])
@@ -27,6 +35,7 @@ def expand(text: str, variables: Mapping[str, str], *, server: str) -> str:
             )
         name, default = variable[1], variable[2]
         if name in variables and (variables[name] or default is None):
+            conceal(name, variables[name])
             return variables[name]
         if default is None:
             raise UserError(
@@ -47,7 +56,7 @@ def expand_server(name: str, entry: McpServer, variables: Mapping[str, str]) -> 
     env = {key: expand(value, variables, server=name) for key, value in entry.env.items()}
     if (file := fill(entry.envFile)) is not None:
         env = {**_read_env_file(Path(file), server=name), **env}
-    return entry.model_copy(
+    filled = entry.model_copy(
         update={
             "command": fill(entry.command),
             "args": tuple(expand(argument, variables, server=name) for argument in entry.args),
@@ -57,6 +66,8 @@ def expand_server(name: str, entry: McpServer, variables: Mapping[str, str]) -> 
             "headers": {key: expand(value, variables, server=name) for key, value in entry.headers.items()},
         }
     )
+    filled.conceal()
+    return filled
 
 
 def configured_servers(tools: Tools, variables: Mapping[str, str]) -> dict[str, McpServer]:
@@ -77,16 +88,18 @@ def configured_entries(tools: Tools) -> dict[str, McpServer]:
 
 def _read_env_file(path: Path, *, server: str) -> dict[str, str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = list(enumerate(path.read_text(encoding="utf-8").splitlines(), start=1))
     except OSError as error:
         raise UserError(f"tool server {server!r}: envFile {str(path)!r} cannot be read ({error.strerror})") from error
     settings = {}
-    for line in (line.strip() for line in lines):
+    for number, line in ((number, line.strip()) for number, line in lines):
         if not line or line.startswith("#"):
             continue
         setting = _SETTING.fullmatch(line)
         if setting is None:
-            raise UserError(f"tool server {server!r}: envFile {str(path)!r}: {line!r} is not of the form KEY=VALUE")
+            raise UserError(
+                f"tool server {server!r}: envFile {str(path)!r}: line {number} is not of the form KEY=VALUE"
+            )
         value = setting[2]
         quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "'\""
         settings[setting[1]] = value[1:-1] if quoted else value

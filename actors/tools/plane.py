@@ -24,6 +24,7 @@ from actors.tools.pool import Backend
 from actors.tools.results import cut, readable
 from matpo.config import Tools
 from matpo.errors import UserError
+from matpo.redaction import hide_from_model
 from matpo.tool_figures import ActorFigures, ServerFigures
 from protocols.records import Outcome
 
@@ -102,11 +103,10 @@ class EpisodeTools:
         try:
             result = await tool.backend.call(tool.spec.tool, arguments, self._episode)
         except ToolRefused as error:
-            return Answer(f"Error: {cut(str(error), tool.max_result_bytes)}", "model_error")
+            return Answer(f"Error: {_told(str(error), tool)}", "model_error")
         except ToolFailed as error:
-            reason = cut(str(error), tool.max_result_bytes)
-            return Answer(f"Error: the tool failed, not your call: {reason}", "infrastructure")
-        text = cut(readable(result), tool.max_result_bytes)
+            return Answer(f"Error: the tool failed, not your call: {_told(str(error), tool)}", "infrastructure")
+        text = _told(readable(result), tool)
         return Answer(f"Error: {text}", "model_error") if result.is_error else Answer(text, "ok")
 
 
@@ -213,6 +213,11 @@ def _collect(servers: Mapping[str, ConfiguredServer]) -> list[_Tool]:
         )
         for name, (server, tool) in zip(names, found, strict=True)
     ]
+
+
+def _told(text: str, tool: _Tool) -> str:
+    """What the model, and with it the journal, gets of a text."""
+    return cut(hide_from_model(text), tool.max_result_bytes)
 
 
 def _without(spec: ToolSpec, hidden: frozenset[str]) -> ToolSpec:

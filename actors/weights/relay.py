@@ -7,11 +7,12 @@ actors check every byte, and leave a relay that errs for the hub.
 from __future__ import annotations
 
 import argparse
+import re
 import socket
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,7 @@ from actors.weights.download import CHUNK_PATIENCE_S
 from matpo.errors import UserError, run_command
 from matpo.logs import configure_logs
 from protocols.channel import CannotListen, ChannelError, HubClient, HubSocket, Received
+from protocols.chunks import ChunkCache, Place
 from protocols.keys import ActorKeys, BadKeys, HubKeys
 from protocols.messages import PROTOCOL, Chunk, ChunkRequest, Drain, PullHello, Refuse, Welcome
 
@@ -32,30 +34,6 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 UPSTREAM_CHUNKS: Final = 16
 """Most chunks asked for at once: credits of a relay, twice an actor's."""
 HUB_PATIENCE_S: Final = 20.0
-Place = tuple[str, int]
-"""A chunk: object and offset."""
-
-
-@dataclass(slots=True)
-class Cache:
-    """The chunks used last, up to so many bytes."""
-
-    limit_bytes: int
-    held_bytes: int = 0
-    _chunks: OrderedDict[Place, memoryview] = field(default_factory=OrderedDict)
-
-    def get(self, place: Place) -> memoryview | None:
-        if place in self._chunks:
-            self._chunks.move_to_end(place)
-        return self._chunks.get(place)
-
-    def put(self, place: Place, content: memoryview) -> None:
-        former = self._chunks.pop(place, None)
-        self._chunks[place] = content
-        self.held_bytes += content.nbytes - (0 if former is None else former.nbytes)
-        while self.held_bytes > self.limit_bytes and len(self._chunks) > 1:
-            _, dropped = self._chunks.popitem(last=False)
-            self.held_bytes -= dropped.nbytes
 
 
 @dataclass(slots=True)
@@ -81,7 +59,7 @@ class Relay:
         self._run = run
         self._hello = hello.model_copy(update={"run": run})
         self._patience_s = patience_s
-        self._cache = Cache(memory_bytes)
+        self._cache = ChunkCache(memory_bytes)
         self._pullers: set[bytes] = set()
         self._wanted: dict[Place, Wanted] = {}
         self._queue: deque[Place] = deque()
@@ -116,7 +94,7 @@ class Relay:
     async def _asked_for(self, received: Received, request: ChunkRequest) -> None:
         place = (request.name, request.offset)
         content = self._cache.get(place)
-        if content is not None and content.nbytes <= request.size_bytes:
+        if content is not None and len(content) <= request.size_bytes:
             await self._hand(received.peer, place, content)
             return
         wanted = self._wanted.get(place)
@@ -149,6 +127,8 @@ class Relay:
                     await self._ask_again()
                 case Refuse(reason="unknown_peer"):  # the hub was restarted
                     await self._up.send(self._hello)
+                case Refuse(reason="too_fast"):
+                    pass  # asked for again when reminded
                 case Refuse(reason="unknown_object" | "malformed", about=name):
                     await self._gone(name, message)
                 case Refuse(detail=detail):
@@ -174,9 +154,9 @@ class Relay:
             await self._hand(peer, place, content)
         await self._ask()
 
-    async def _hand(self, peer: bytes, place: Place, content: memoryview) -> None:
+    async def _hand(self, peer: bytes, place: Place, content: bytes | memoryview) -> None:
         if await self._down.send(peer, Chunk(name=place[0], offset=place[1]), [content]):
-            self.served_bytes += content.nbytes
+            self.served_bytes += len(content)
         else:
             self._pullers.discard(peer)
 
@@ -217,9 +197,9 @@ class Post:
 async def run_relay(post: Post, *, patience_s: float = HUB_PATIENCE_S) -> None:
     """Relay until the run ends. Raises what a user can fix."""
     up_keys = None if post.key_dir is None else ActorKeys.load(post.key_dir)
-    down_keys = None if post.key_dir is None else HubKeys.load(post.key_dir)
+    down_keys = None if post.key_dir is None else HubKeys.of_relay(post.key_dir)
     hello = PullHello(protocol=PROTOCOL, puller_id=post.relay_id, run=None)
-    up_link = HubClient.connect(post.hub, identity=post.relay_id, keys=up_keys, deadline_s=patience_s)
+    up_link = HubClient.connect(post.hub, keys=up_keys, deadline_s=patience_s)
     async with HubSocket.bind(post.listen, keys=down_keys) as down, up_link as up:
         welcome = await greet(up, hello, deadline_s=patience_s)
         relay = Relay(up, down, hello=hello, run=welcome.run, memory_bytes=post.memory_bytes)
@@ -233,10 +213,16 @@ def parse(arguments: Sequence[str] | None = None) -> Post:
     parser = argparse.ArgumentParser(prog="matpo-relay", description=__doc__)
     parser.add_argument("--hub", required=True, help="tcp://HOST:PORT of the hub, or of another relay")
     parser.add_argument("--listen", required=True, help="tcp://HOST:PORT for actors (actor.weights.relay)")
-    parser.add_argument("--key-dir", type=Path, help="a copy of the hub's hub.key_dir: actor.key, hub.key and its list")
+    parser.add_argument(
+        "--key-dir", type=Path, help="its own actor.key and the list of those it lets in (docs/security.md)"
+    )
     parser.add_argument("--relay-id", default=f"relay-{socket.gethostname()}", help="unique among the run's relays")
     parser.add_argument("--memory-mb", type=int, default=1024, help="chunks kept for those who come later (1024)")
     given = parser.parse_args(arguments)
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given.relay_id):
+        raise UserError(
+            f"--relay-id {given.relay_id!r} may hold letters, digits, dots, dashes and underscores, up to 64"
+        )
     if given.memory_mb < 1:
         raise UserError(f"--memory-mb {given.memory_mb} must be at least 1")
     return Post(given.hub, given.listen, given.key_dir, given.relay_id, given.memory_mb * 2**20)

@@ -23,7 +23,7 @@ from matpo.errors import UserError
 from protocols.channel import HubClient
 from protocols.keys import ActorKeys
 from protocols.messages import CHUNK_BYTES, PROTOCOL, Chunk, Drain, PullHello, Refuse, WeightObject
-from protocols.refusals import ChannelError, check_endpoint
+from protocols.refusals import ChannelError, check_endpoint, is_local
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -93,8 +93,9 @@ class HubSource:
         """Handle a refusal of a chunk. False when it is about something else."""
         if self._download is None or refusal.about != self._download.wanted.name:
             return False
-        self._gone = True
-        self._notice()
+        if refusal.reason != "too_fast":  # that one is asked for again in a while
+            self._gone = True
+            self._notice()
         return True
 
     def _notice(self) -> None:
@@ -126,10 +127,11 @@ class FolderSource:
 
     def _copy(self, wanted: WeightObject, path: Path, progress: Callable[[], None], stop: threading.Event) -> None:
         digest = xxhash.xxh3_128()
+        left = wanted.size_bytes
         with (self._folder / wanted.name).open("rb") as file, path.open("xb") as copy:
-            while not stop.is_set() and (part := file.read(CHUNK_BYTES)):
+            while not stop.is_set() and (part := file.read(min(left, CHUNK_BYTES))):
                 digest.update(part)
-                copy.write(part)
+                left -= copy.write(part)
                 progress()
         check_digest(wanted, digest.hexdigest())
 
@@ -159,9 +161,7 @@ class RelaySource:
     async def fetch(self, wanted: WeightObject, path: Path, progress: Callable[[], None]) -> None:
         """See `Source`."""
         limit_s = _limit_s(wanted)
-        link = HubClient.connect(
-            self._endpoint, identity=self._hello.puller_id, keys=self._keys, deadline_s=self._patience_s
-        )
+        link = HubClient.connect(self._endpoint, keys=self._keys, deadline_s=self._patience_s)
         try:
             with anyio.fail_after(limit_s):
                 async with link as client:
@@ -229,8 +229,14 @@ def beside_hub(settings: ActorWeights, *, run: str, puller_id: str, keys: ActorK
     if settings.folder is not None:
         sources.append(FolderSource(settings.folder))
     if settings.relay is not None:
-        check_endpoint(settings.relay, keys)
-        sources.append(RelaySource(settings.relay, run=run, puller_id=puller_id, keys=keys))
+        if keys is not None and settings.relay_key is None and not is_local(settings.relay):
+            raise ChannelError(
+                f"relay {settings.relay} is not on this machine and its key is not known; set actor.weights.relay_key"
+                " to the public key that `matpo keys show` prints there"
+            )
+        relay_keys = None if keys is None or settings.relay_key is None else ActorKeys(keys.pair, settings.relay_key)
+        check_endpoint(settings.relay, relay_keys)
+        sources.append(RelaySource(settings.relay, run=run, puller_id=puller_id, keys=relay_keys))
     return sources
 
 

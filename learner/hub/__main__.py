@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import anyio
@@ -33,7 +33,7 @@ from matpo.logs import configure_logs
 from matpo.metrics import MetricsFile
 from matpo.model_files import tokenizer_digest
 from matpo.owner import Owner, add_owned
-from protocols.channel import CannotListen, ChannelError, HubSocket
+from protocols.channel import CannotListen, ChannelError, HubSocket, Limits
 from protocols.keys import BadKeys, HubKeys
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -117,16 +117,20 @@ async def serve(config: Config, folder: RunFolder, owner: Owner) -> int:
 async def bind_for_actors(config: Config, folder: RunFolder) -> AsyncIterator[HubSocket]:
     """Listen where the hub of this run listened before, or where the settings say if that place is taken by now."""
     keys = None if config.hub.key_dir is None else HubKeys.load(config.hub.key_dir)
-    limit, wanted = config.hub.max_message_bytes, listen_address(config, folder)
+    limits = Limits(config.hub.max_messages_per_s, config.hub.max_bytes_per_s)
+    wanted = listen_address(config, folder)
+
+    def listen(endpoint: str) -> AbstractAsyncContextManager[HubSocket]:
+        return HubSocket.bind(endpoint, keys=keys, max_message_bytes=config.hub.max_message_bytes, limits=limits)
+
     async with AsyncExitStack() as stack:
         try:
-            socket = await stack.enter_async_context(HubSocket.bind(wanted, keys=keys, max_message_bytes=limit))
+            socket = await stack.enter_async_context(listen(wanted))
         except CannotListen:
             if wanted == config.hub.listen:
                 raise
             log.warning("the former address is taken", endpoint=wanted)
-            other = HubSocket.bind(config.hub.listen, keys=keys, max_message_bytes=limit)
-            socket = await stack.enter_async_context(other)
+            socket = await stack.enter_async_context(listen(config.hub.listen))
         yield socket
 
 

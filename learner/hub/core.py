@@ -18,7 +18,7 @@ from learner.hub.evaluation import EvaluationRecord, Evaluator
 from learner.hub.grants import Granter
 from learner.hub.journal import Journal
 from learner.hub.leases import GroupRules, Leases
-from learner.hub.roster import Roster
+from learner.hub.roster import KnownActor, Roster
 from learner.hub.settled import Settler, is_settled
 from learner.hub.tasks import TaskCursor
 from learner.hub.weights import Swap, WeightStore
@@ -105,7 +105,7 @@ class Hub:
         digest actors must show, `now_s` monotonic."""
         self.config = config
         self._journal = journal
-        self._admission = Admission(config, run, tokenizer)
+        self._admission = Admission(config, journal, run, tokenizer)
         rules = GroupRules(
             group_size=config.learner.group_size,
             min_group=config.hub.min_group,
@@ -167,7 +167,7 @@ class Hub:
             else:
                 self._refuse(side, received.peer, "unexpected", f"{message.kind} belongs on the trainer's socket")
         elif side == "actors":
-            self._handle_actor(received.peer, message, received.frames, now_s=now_s, at=at)
+            self._handle_actor(received, message, now_s=now_s, at=at)
         else:
             self._refuse(side, received.peer, "unexpected", f"{message.kind} belongs on the actors' socket")
 
@@ -203,18 +203,11 @@ class Hub:
         for puller in self.roster.pullers:
             self._send("actors", puller, Drain(reason=reason))
 
-    def _handle_actor(
-        self,
-        peer: bytes,
-        message: ActorMessage,
-        frames: Sequence[Frame],
-        *,
-        now_s: float,
-        at: float,
-    ) -> None:
+    def _handle_actor(self, received: Received, message: ActorMessage, *, now_s: float, at: float) -> None:
+        peer = received.peer
         actor = self.roster.at(peer)
         if isinstance(message, Hello | PullHello):
-            self._welcome(peer, message, now_s=now_s)
+            self._welcome(peer, message, received.key, now_s=now_s)
             return
         if isinstance(message, ChunkRequest) and peer in self.roster.pullers:
             self._send_chunk(peer, message)
@@ -228,7 +221,7 @@ class Hub:
             case LeaseRequest(episodes=episodes):
                 actor.wanted = episodes
             case TreeUpload(tree_id=tree_id):
-                self._take_tree(peer, tree_id, frames, at=at)
+                self._take_tree(actor, tree_id, received.frames, at=at)
             case Heartbeat(leases=leases):
                 self.leases.renew(leases, actor.actor_id, now_s=now_s)
                 for lease_id in self.roster.heartbeat(actor, message):
@@ -249,8 +242,8 @@ class Hub:
                     self.leases.end(lease_id, "returned")
                 self.roster.forget(peer)
 
-    def _welcome(self, peer: bytes, hello: Hello | PullHello, *, now_s: float) -> None:
-        refusal = self._admission.refusal(hello, draining=self.draining)
+    def _welcome(self, peer: bytes, hello: Hello | PullHello, key: str | None, *, now_s: float) -> None:
+        refusal = self._admission.refusal(hello, key, draining=self.draining)
         if refusal is not None:
             self._refuse("actors", peer, refusal.reason, refusal.detail)
             return
@@ -262,7 +255,8 @@ class Hub:
         if isinstance(hello, Hello):
             self._announce(peer)
 
-    def _take_tree(self, peer: bytes, tree_id: str, frames: Sequence[Frame], *, at: float) -> None:
+    def _take_tree(self, actor: KnownActor, tree_id: str, frames: Sequence[Frame], *, at: float) -> None:
+        peer = actor.peer
         if self.leases.holds(tree_id):
             self._send("actors", peer, Ack(tree_id=tree_id))
             return
@@ -283,8 +277,10 @@ class Hub:
         elif is_settled(self._journal, header):
             self._journal.count_up("late")
             self._send("actors", peer, Ack(tree_id=tree_id))
-        elif not self.leases.knows(header):
-            detail = f"lease {header.lease_id!r} of group {header.group_id!r} was not given out in this run"
+        elif not self.leases.knows(header, actor.actor_id):
+            detail = (
+                f"lease {header.lease_id!r} of group {header.group_id!r} was not given to {actor.actor_id} in this run"
+            )
             self._refuse("actors", peer, "unknown_lease", detail, tree_id)
         else:
             cancelled = self.leases.arrive(header, frames, at=at)

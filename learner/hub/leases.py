@@ -205,13 +205,13 @@ class Leases:
             self._settle(group_seq)
         return len(left)
 
-    def knows(self, header: TreeHeader) -> bool:
-        """Whether this journal handed out the lease a tree names, for that task and episode."""
+    def knows(self, header: TreeHeader, actor_id: str) -> bool:
+        """Whether this journal handed out the lease a tree names, for that task and episode, and to that actor."""
         found = self._journal.row(
             "SELECT 1 FROM leases JOIN groups ON groups.seq = leases.group_seq"
             " JOIN episodes ON episodes.group_seq = groups.seq AND episode = ?"
-            " WHERE leases.lease_id = ? AND group_id = ? AND task_id = ?",
-            (header.episode, header.lease_id, header.group_id, header.task.task_id),
+            " WHERE leases.lease_id = ? AND leases.actor_id = ? AND group_id = ? AND task_id = ?",
+            (header.episode, header.lease_id, actor_id, header.group_id, header.task.task_id),
         )
         return found is not None
 

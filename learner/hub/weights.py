@@ -1,20 +1,27 @@
-"""The weight files of a run: what actors can pull, served from memory maps; what nobody needs is deleted."""
+"""The weight files of a run: what actors can pull, in pieces; what nobody needs is deleted."""
 
 from __future__ import annotations
 
-import mmap
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import structlog
 from pydantic import TypeAdapter
 
 from learner.hub.journal import Journal, integer, real, text
+from protocols.chunks import ChunkCache
 from protocols.messages import Chunk, ChunkRequest, Publish, Refuse, WeightObject, WeightsLoaded, WeightsReady
 from protocols.records import Record
 
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
 KEYFRAMES_KEPT: Final = 3
 """The newest for joiners, the others for whoever is in the middle of a download or a few steps behind."""
+
+READ_BYTES: Final = 128 * 2**20
+"""Pieces kept in memory: actors pull the same ones at about the same time."""
 
 _OBJECTS: Final = TypeAdapter(tuple[WeightObject, ...])
 
@@ -46,7 +53,7 @@ class WeightStore:
         self._journal = journal
         self._folder = folder
         folder.mkdir(exist_ok=True)
-        self._maps: dict[str, mmap.mmap] = {}
+        self._read = ChunkCache(READ_BYTES)
         self.latest: Published | None = None
         self._digests: set[tuple[int, str]] = set()
         self._published_at: dict[int, float] = {}
@@ -105,8 +112,8 @@ class WeightStore:
             return None
         return WeightsReady(version=self.latest.version, digest=self.latest.digest, objects=self._available)
 
-    def chunk(self, request: ChunkRequest) -> tuple[Chunk, memoryview] | Refuse:
-        """A piece of a file, without copying it."""
+    def chunk(self, request: ChunkRequest) -> tuple[Chunk, bytes | memoryview] | Refuse:
+        """A piece of a file. One that was removed or cut short on disk is not offered any more."""
         entry = next((known for known in self._available if known.name == request.name), None)
         if entry is None:
             return Refuse(
@@ -120,15 +127,19 @@ class WeightStore:
                 detail=f"chunk at {request.offset} of {request.name!r}: the object has {entry.size_bytes} bytes",
                 about=request.name,
             )
-        stop = min(request.offset + request.size_bytes, entry.size_bytes)
-        self.served_bytes += stop - request.offset
-        return Chunk(name=entry.name, offset=request.offset), self._map(entry.name)[request.offset : stop]
+        piece = self._piece(entry, request.offset, min(request.size_bytes, entry.size_bytes - request.offset))
+        if piece is None:
+            self._available = tuple(known for known in self._available if known is not entry)
+            log.warning("weight file was removed or cut short", file=str(self._folder / entry.name))
+            detail = f"weight object {entry.name!r} is damaged where the hub is; follow the next WeightsReady"
+            return Refuse(reason="unknown_object", detail=detail, about=entry.name)
+        self.served_bytes += len(piece)
+        return Chunk(name=entry.name, offset=request.offset), piece
 
     def delete_old(self) -> list[str]:
         """Remove files that no announcement names; returns their names. Call after the transaction is on disk."""
         gone = []
         for name in self._unneeded:
-            self._maps.pop(name, None)  # chunks on their way keep the map alive
             path = self._folder / name
             if path.is_file():
                 path.unlink()
@@ -154,8 +165,22 @@ class WeightStore:
         path = self._folder / entry.name
         return path.parent == self._folder and path.is_file() and path.stat().st_size == entry.size_bytes
 
-    def _map(self, name: str) -> memoryview:
-        if name not in self._maps:
-            with (self._folder / name).open("rb") as file:
-                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return memoryview(self._maps[name])
+    def _piece(self, entry: WeightObject, offset: int, size_bytes: int) -> bytes | memoryview | None:
+        """So many bytes of a file; None if they are not all there. Read, not mapped: whoever cuts a mapped file short
+        ends the process that looks at it."""
+        place = (entry.name, offset)
+        known = self._read.get(place)
+        if known is not None and len(known) >= size_bytes:
+            return memoryview(known)[:size_bytes]
+        try:
+            descriptor = os.open(self._folder / entry.name, os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            piece = os.pread(descriptor, size_bytes, offset)
+        finally:
+            os.close(descriptor)
+        if len(piece) != size_bytes:
+            return None
+        self._read.put(place, piece)
+        return piece

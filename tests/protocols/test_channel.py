@@ -62,11 +62,11 @@ async def raw(hub: HubSocket) -> AsyncIterator[zmq.asyncio.Socket]:
 
 
 async def test_a_tree_and_its_ack_cross_the_wire_with_their_frames(hub: HubSocket) -> None:
-    async with HubClient.connect(hub.endpoint, identity="actor-0") as actor:
+    async with HubClient.connect(hub.endpoint) as actor:
         with anyio.fail_after(5):
             assert await actor.send(TreeUpload(tree_id="t1"), [b"header", memoryview(b"arrays")])
             received = await hub.receive()
-            assert (received.peer, received.message) == (b"actor-0", TreeUpload(tree_id="t1"))
+            assert received.message == TreeUpload(tree_id="t1")
             assert [bytes(frame) for frame in received.frames] == [b"header", b"arrays"]
             assert await hub.send(received.peer, Ack(tree_id="t1"), [b"x"])
             message, frames = await actor.receive()
@@ -74,7 +74,7 @@ async def test_a_tree_and_its_ack_cross_the_wire_with_their_frames(hub: HubSocke
 
 
 async def test_messages_of_one_actor_arrive_in_order_and_all(hub: HubSocket) -> None:
-    async with HubClient.connect(hub.endpoint, identity="actor-0") as actor, anyio.create_task_group() as tasks:
+    async with HubClient.connect(hub.endpoint) as actor, anyio.create_task_group() as tasks:
 
         async def send_all() -> None:
             for number in range(500):
@@ -117,11 +117,11 @@ async def test_what_is_no_message_is_answered_by_a_refusal_and_counted(
 async def test_a_message_far_beyond_the_limit_only_costs_its_sender_the_connection(
     hub: HubSocket, raw: zmq.asyncio.Socket
 ) -> None:
-    async with HubClient.connect(hub.endpoint, identity="actor-0") as actor:
+    async with HubClient.connect(hub.endpoint) as actor:
         with anyio.fail_after(5):
             await raw.send_multipart([b"{}", bytes(1_000_000)])
             await actor.send(Goodbye(reason="done"))
-            assert (await hub.receive()).peer == b"actor-0"
+            assert (await hub.receive()).message == Goodbye(reason="done")
 
 
 async def test_sending_to_a_peer_that_is_not_there_says_so(hub: HubSocket) -> None:
@@ -129,7 +129,7 @@ async def test_sending_to_a_peer_that_is_not_there_says_so(hub: HubSocket) -> No
 
 
 async def test_a_cancelled_receive_loses_no_message(hub: HubSocket) -> None:
-    async with HubClient.connect(hub.endpoint, identity="actor-0") as actor:
+    async with HubClient.connect(hub.endpoint) as actor:
         with anyio.move_on_after(0.01):
             await actor.receive()
         with anyio.fail_after(5):
@@ -146,7 +146,7 @@ async def test_a_cancelled_receive_loses_no_message(hub: HubSocket) -> None:
 
 
 async def test_the_last_words_before_closing_arrive(hub: HubSocket) -> None:
-    async with HubClient.connect(hub.endpoint, identity="actor-0") as actor:
+    async with HubClient.connect(hub.endpoint) as actor:
         await actor.send(Goodbye(reason="done"))
     with anyio.fail_after(5):
         assert (await hub.receive()).message == Goodbye(reason="done")
@@ -155,7 +155,7 @@ async def test_the_last_words_before_closing_arrive(hub: HubSocket) -> None:
 async def test_a_client_finds_the_hub_that_comes_back_and_sends_nothing_while_it_is_away() -> None:
     async with HubSocket.bind(LOOPBACK) as first:
         endpoint = first.endpoint
-        opened = HubClient.connect(endpoint, identity="actor-0")
+        opened = HubClient.connect(endpoint)
         actor = await opened.__aenter__()
     try:
         with anyio.fail_after(10):
@@ -165,19 +165,20 @@ async def test_a_client_finds_the_hub_that_comes_back_and_sends_nothing_while_it
             async with HubSocket.bind(endpoint) as second:
                 await actor.wait_connected()
                 assert await actor.send(LeaseRequest(episodes=2))
-                assert (await second.receive()).message == LeaseRequest(episodes=2), "nothing stale before it"
-                await second.send(b"actor-0", Welcome(run="r", heartbeat_s=1))
+                received = await second.receive()
+                assert received.message == LeaseRequest(episodes=2), "nothing stale before it"
+                await second.send(received.peer, Welcome(run="r", heartbeat_s=1))
                 assert (await actor.receive())[0] == Welcome(run="r", heartbeat_s=1)
     finally:
         await opened.__aexit__(None, None, None)
 
 
-async def test_an_actor_that_comes_back_under_its_name_is_answered_on_its_new_connection(hub: HubSocket) -> None:
+async def test_an_actor_that_comes_back_is_answered_on_its_new_connection(hub: HubSocket) -> None:
     with anyio.fail_after(5):
-        async with HubClient.connect(hub.endpoint, identity="actor-0") as old:
+        async with HubClient.connect(hub.endpoint) as old:
             await old.send(LeaseRequest(episodes=1))
             await hub.receive()
-            async with HubClient.connect(hub.endpoint, identity="actor-0") as new:
+            async with HubClient.connect(hub.endpoint) as new:
                 await new.send(LeaseRequest(episodes=2))
                 peer = (await hub.receive()).peer
                 await hub.send(peer, Ack(tree_id="t"))
@@ -189,7 +190,7 @@ async def test_a_hub_that_talks_nonsense_is_skipped_and_counted_by_the_client() 
     router = context.socket(zmq.ROUTER)
     port = router.bind_to_random_port("tcp://127.0.0.1")
     with anyio.fail_after(5):
-        async with HubClient.connect(f"tcp://127.0.0.1:{port}", identity="a") as actor:
+        async with HubClient.connect(f"tcp://127.0.0.1:{port}") as actor:
             await actor.send(LeaseRequest(episodes=1))
             peer, _ = await router.recv_multipart()
             for header in (b"junk", LeaseRequest(episodes=1).model_dump_json().encode(), b'{"kind":"ok"}'):
@@ -209,7 +210,7 @@ def free_port() -> int:
 
 async def test_an_unreachable_hub_is_a_named_error_within_the_deadline() -> None:
     with anyio.fail_after(5), pytest.raises(HubUnreachable, match=r"no hub answered at tcp://.* within 0.2 s"):
-        async with HubClient.connect(f"tcp://127.0.0.1:{free_port()}", identity="a", deadline_s=0.2):
+        async with HubClient.connect(f"tcp://127.0.0.1:{free_port()}", deadline_s=0.2):
             pass
 
 
@@ -227,14 +228,7 @@ async def test_what_is_no_address_is_a_named_error(endpoint: str) -> None:
         async with HubSocket.bind(endpoint):
             pass
     with pytest.raises(ChannelError, match="is not an address; expected tcp://HOST:PORT"):
-        async with HubClient.connect(endpoint, identity="a"):
-            pass
-
-
-@pytest.mark.parametrize("identity", ["", "x" * 256, "\0a"])
-async def test_an_actor_id_that_cannot_be_a_routing_id_is_a_named_error(hub: HubSocket, identity: str) -> None:
-    with pytest.raises(ChannelError, match="must be 1 to 255 bytes"):
-        async with HubClient.connect(hub.endpoint, identity=identity):
+        async with HubClient.connect(endpoint):
             pass
 
 
@@ -246,13 +240,13 @@ async def test_without_keys_nothing_beyond_this_machine_is_used_and_the_remedy_i
         async with HubSocket.bind(f"tcp://{host}:5555"):
             pass
     with pytest.raises(KeysNeeded, match="matpo keys new"):
-        async with HubClient.connect(f"tcp://{host}:5555", identity="a"):
+        async with HubClient.connect(f"tcp://{host}:5555"):
             pass
 
 
 async def test_an_ipc_address_needs_no_keys(tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/hub.ipc"
-    async with HubSocket.bind(endpoint) as hub, HubClient.connect(endpoint, identity="a") as actor:
+    async with HubSocket.bind(endpoint) as hub, HubClient.connect(endpoint) as actor:
         with anyio.fail_after(5):
             await actor.send(LeaseRequest(episodes=1))
             assert (await hub.receive()).message == LeaseRequest(episodes=1)
@@ -265,24 +259,24 @@ async def test_only_an_actor_with_an_allowed_key_and_the_right_hub_key_comes_in(
     stranger = ActorKeys(theirs.pair, ours.hub)
     with anyio.fail_after(20):
         async with HubSocket.bind(LOOPBACK, keys=HubKeys.load(tmp_path / "ours")) as hub:
-            async with HubClient.connect(hub.endpoint, identity="a", keys=ours) as actor:
+            async with HubClient.connect(hub.endpoint, keys=ours) as actor:
                 await actor.send(Goodbye(reason="done"))
-                assert (await hub.receive()).peer == b"a"
+                assert (await hub.receive()).key == ours.pair.public
             refused: list[ActorKeys | None] = [stranger, ActorKeys(ours.pair, theirs.hub), None]
             for keys in refused:
                 with pytest.raises(WrongKey):
-                    async with HubClient.connect(hub.endpoint, identity="b", keys=keys):
+                    async with HubClient.connect(hub.endpoint, keys=keys):
                         pass
             allow(tmp_path / "ours", theirs.pair.public)
-            async with HubClient.connect(hub.endpoint, identity="b", keys=stranger) as actor:
+            async with HubClient.connect(hub.endpoint, keys=stranger) as actor:
                 await actor.send(Goodbye(reason="done"))
-                assert (await hub.receive()).peer == b"b"
+                assert (await hub.receive()).key == theirs.pair.public
 
 
 async def test_keys_that_the_hub_does_not_use_are_a_named_error(hub: HubSocket, tmp_path: Path) -> None:
     new_keys(tmp_path / "keys")
     with anyio.fail_after(10), pytest.raises(WrongKey):
-        async with HubClient.connect(hub.endpoint, identity="a", keys=ActorKeys.load(tmp_path / "keys")):
+        async with HubClient.connect(hub.endpoint, keys=ActorKeys.load(tmp_path / "keys")):
             pass
 
 
@@ -328,18 +322,17 @@ async def test_a_silent_hub_is_a_named_error_for_the_trainer(hub: HubSocket) -> 
 
 
 async def test_a_late_actor_and_a_slow_one_get_every_message(hub: HubSocket) -> None:
-    """ROUTER drops at a send mark; ours has none, whatever a slow reader leaves lying."""
+    """ROUTER drops at a send mark; ours is far beyond what a slow reader leaves lying."""
     beat = Heartbeat(leases=(), version=-1, live_episodes=0, outbox_trees=0, sampled_tokens=0)
     with anyio.fail_after(20):
-        async with HubClient.connect(hub.endpoint, identity="slow") as slow:
+        async with HubClient.connect(hub.endpoint) as slow:
             await slow.send(beat)
-            await hub.receive()
+            peer = (await hub.receive()).peer
             for number in range(3000):
-                assert await hub.send(b"slow", Ack(tree_id=str(number)), [bytes(1000)])
-            async with HubClient.connect(hub.endpoint, identity="late") as late:
+                assert await hub.send(peer, Ack(tree_id=str(number)), [bytes(1000)])
+            async with HubClient.connect(hub.endpoint) as late:
                 await late.send(beat)
-                assert (await hub.receive()).peer == b"late"
-                assert await hub.send(b"late", Ack(tree_id="first"))
+                assert await hub.send((await hub.receive()).peer, Ack(tree_id="first"))
                 assert (await late.receive())[0] == Ack(tree_id="first")
             for number in range(3000):
                 assert (await slow.receive())[0] == Ack(tree_id=str(number))

@@ -45,7 +45,7 @@ def test_an_env_file_is_read_below_env(tmp_path: Path) -> None:
     tools = Tools.model_validate({"mcpServers": {"s": entry}})
     assert configured_servers(tools, {"DIR": str(tmp_path)})["s"].env == {"A": "mine", "B": "two words", "C": "x"}
     (tmp_path / ".env").write_text("A\n")
-    with pytest.raises(UserError, match=r"'s': envFile .*'A' is not of the form KEY=VALUE"):
+    with pytest.raises(UserError, match=r"'s': envFile .*: line 1 is not of the form KEY=VALUE"):
         configured_servers(tools, {"DIR": str(tmp_path)})
     with pytest.raises(UserError, match=r"'s': envFile 'nowhere/\.env' cannot be read"):
         configured_servers(tools, {"DIR": "nowhere"})

@@ -195,7 +195,7 @@ class Actor:
         return dict(self.follower.failures)
 
     async def run(self) -> None:
-        async with HubClient.connect(self._endpoint, identity=self._name, keys=self._keys, deadline_s=10) as client:
+        async with HubClient.connect(self._endpoint, keys=self._keys, deadline_s=10) as client:
             welcome = await greet(client, self._hello, deadline_s=10)
             source = HubSource(client, patience_s=PATIENCE_S, chunk_bytes=CHUNK_BYTES)
             self._memory.mkdir(exist_ok=True)

@@ -16,8 +16,8 @@ from actors.weights.relay import Post, Relay, parse, run_relay
 from actors.weights.sources import FolderSource, RelaySource, beside_hub
 from matpo.config import ActorWeights
 from matpo.errors import UserError
-from protocols.channel import ChannelError, HubClient, HubSocket, new_keys
-from protocols.keys import ActorKeys, HubKeys
+from protocols.channel import ChannelError, HubClient, HubSocket, new_actor_keys, new_keys
+from protocols.keys import ActorKeys, HubKeys, allow
 from protocols.messages import PROTOCOL, Chunk, ChunkRequest, Drain, Heartbeat, PullHello, Refuse, Welcome
 from protocols.refusals import HubInput
 from tests.actors.weights.parts import HoldingEngine
@@ -35,7 +35,7 @@ async def relay_of(endpoint: str, name: str, *, memory_bytes: int = 2**30) -> As
     """A relay in this process, and where it listens."""
     async with (
         HubSocket.bind("tcp://127.0.0.1:0") as down,
-        HubClient.connect(endpoint, identity=name, deadline_s=10) as up,
+        HubClient.connect(endpoint, deadline_s=10) as up,
         anyio.create_task_group() as tasks,
     ):
         welcome = await greet(up, pull_hello(name, None), deadline_s=10)
@@ -162,7 +162,7 @@ async def test_a_relay_that_is_not_there_costs_one_attempt(tmp_path: Path) -> No
 async def test_hub_and_relay_refuse_those_who_want_another_run(tmp_path: Path) -> None:
     async with learner(tmp_path / "run") as run, relay_of(run.endpoint, "relay") as (endpoint, _):
         for place in (run.endpoint, endpoint):
-            async with HubClient.connect(place, identity="stray", deadline_s=10) as client:
+            async with HubClient.connect(place, deadline_s=10) as client:
                 with pytest.raises(
                     UserError, match="wants weights of run 'other', here are those of 'test'; correct the address"
                 ):
@@ -170,7 +170,7 @@ async def test_hub_and_relay_refuse_those_who_want_another_run(tmp_path: Path) -
                 await client.send(ChunkRequest(name="keyframe-0", offset=0, size_bytes=1))
                 answer, _ = await client.receive()
                 assert isinstance(answer, Refuse) and answer.reason == "unknown_peer"
-        async with HubClient.connect(endpoint, identity="puller", deadline_s=10) as client:
+        async with HubClient.connect(endpoint, deadline_s=10) as client:
             await greet(client, pull_hello("puller"), deadline_s=10)
             await client.send(Heartbeat(leases=(), version=0, live_episodes=0, outbox_trees=0, sampled_tokens=0))
             answer, _ = await client.receive()
@@ -193,7 +193,7 @@ async def test_a_relay_is_no_actor_and_goes_home_with_the_run(tmp_path: Path) ->
         assert run.hub.roster.everyone() == []
         async with (
             relay_of(run.endpoint, "chained") as (endpoint, _),
-            HubClient.connect(endpoint, identity="puller", deadline_s=10) as client,
+            HubClient.connect(endpoint, deadline_s=10) as client,
         ):
             await greet(client, pull_hello("puller"), deadline_s=10)
             run.hub.drain("the run is complete")
@@ -201,17 +201,24 @@ async def test_a_relay_is_no_actor_and_goes_home_with_the_run(tmp_path: Path) ->
         await ended.wait()
 
 
-async def test_keys_are_wanted_on_both_sides_of_a_relay(tmp_path: Path) -> None:
+async def test_a_relay_needs_its_own_key_alone_and_lets_in_whom_it_knows(tmp_path: Path) -> None:
     new_keys(tmp_path / "keys")
-    new_keys(tmp_path / "strange")
     hub_keys, ours = HubKeys.load(tmp_path / "keys"), ActorKeys.load(tmp_path / "keys")
+    relay_key = new_actor_keys(tmp_path / "relay", hub=hub_keys.pair.public)
+    new_actor_keys(tmp_path / "strange", hub=relay_key)
+    allow(tmp_path / "keys", relay_key)
+    allow(tmp_path / "relay", ours.pair.public)
+    assert sorted(path.name for path in (tmp_path / "relay").iterdir()) == ["actor.key", "allowed_actors"]
     async with learner(tmp_path / "run", keys=hub_keys) as run, anyio.create_task_group() as tasks:
         free = f"tcp://127.0.0.1:{free_port()}"
-        tasks.start_soon(run_relay, Post(run.endpoint, free, tmp_path / "keys", "relay", 2**30))
+        tasks.start_soon(run_relay, Post(run.endpoint, free, tmp_path / "relay", "relay", 2**30))
         engines = [HoldingEngine(), HoldingEngine()]
         actors = []
         for engine, name, keys in zip(
-            engines, ("known", "strange"), (ours, ActorKeys.load(tmp_path / "strange")), strict=True
+            engines,
+            ("known", "strange"),
+            (ActorKeys(ours.pair, relay_key), ActorKeys.load(tmp_path / "strange")),
+            strict=True,
         ):
             source = RelaySource(free, run=RUN, puller_id=name, keys=keys, patience_s=3.0, chunk_bytes=CHUNK_BYTES)
             actors.append(Actor(name, run.endpoint, engine, tmp_path / name, others=[source], keys=ours))

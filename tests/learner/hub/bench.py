@@ -173,17 +173,23 @@ class Bench:
         message = Heartbeat(leases=leases, version=0, live_episodes=0, outbox_trees=0, sampled_tokens=0)
         return self.send("actors", actor, message)
 
-    def upload(self, tree: EpisodeTree, actor: str = "actor-0") -> list[HubMessage]:
-        return self.send("actors", actor, TreeUpload(tree_id=tree.tree_id), encode_tree(tree))
+    def upload(self, tree: EpisodeTree, actor: str | None = None) -> list[HubMessage]:
+        """By the actor that was given the lease, or by another."""
+        frames = encode_tree(tree)
+        return self.send("actors", actor or self._holder(tree), TreeUpload(tree_id=tree.tree_id), frames)
 
     def upload_frames(self, tree_id: str, frames: Sequence[bytes]) -> list[HubMessage]:
         """Upload what may not be a tree."""
         return self.send("actors", "actor-0", TreeUpload(tree_id=tree_id), frames)
 
-    def arrival(self, tree: EpisodeTree, actor: str = "actor-0") -> tuple[Side, Received]:
+    def arrival(self, tree: EpisodeTree) -> tuple[Side, Received]:
         """The upload of a tree, not handed in yet."""
         frames = tuple(memoryview(frame) for frame in encode_tree(tree))
-        return "actors", Received(actor.encode(), TreeUpload(tree_id=tree.tree_id), frames)
+        return "actors", Received(self._holder(tree).encode(), TreeUpload(tree_id=tree.tree_id), frames)
+
+    def _holder(self, tree: EpisodeTree) -> str:
+        row = self.journal.row("SELECT actor_id FROM leases WHERE lease_id = ?", (tree.lease_id,))
+        return "actor-0" if row is None else str(row[0])
 
     def arrival_of(self, message: HubInput, actor: str = "actor-0") -> tuple[Side, Received]:
         """An actor's message without frames, not handed in yet."""

@@ -140,7 +140,7 @@ async def act(folder: RunFolder, config: Config, name: str) -> str:
     assert address is not None
     version = -1
     waiting: list[Lease] = []
-    async with HubClient.connect(address.endpoint, identity=name) as client:
+    async with HubClient.connect(address.endpoint) as client:
         await client.send(
             Hello(
                 protocol=PROTOCOL,

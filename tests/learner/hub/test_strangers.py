@@ -27,7 +27,11 @@ from protocols.messages import (
 from tests.learner.hub.bench import Bench, bench, make_tree
 
 NUMBERS = st.one_of(st.integers(0, 3), st.integers(0, LARGEST))
-NAMES = st.one_of(st.sampled_from(["actor-0", "train-000001.0", "keyframe-0.bin", "../x", "", "weights-0"]), st.text())
+NAMES = st.one_of(
+    st.sampled_from(["actor-0", "train-000001.0", "keyframe-0.bin", "../x", "", "weights-0"]), st.text(max_size=200)
+)
+IDS = st.sampled_from(["actor-0", "actor-1", "x"])
+SMALL = st.integers(0, 2**20)
 OBJECTS = st.builds(
     WeightObject,
     name=st.sampled_from(["keyframe-0.bin", "other.bin"]),
@@ -38,7 +42,7 @@ OBJECTS = st.builds(
     digest=NAMES,
 )
 MESSAGES: st.SearchStrategy[HubInput] = st.one_of(
-    st.builds(Hello, protocol=NUMBERS, actor_id=NAMES, tokenizer_digest=NAMES, config_digest=NAMES, capacity=NUMBERS),
+    st.builds(Hello, protocol=NUMBERS, actor_id=IDS, tokenizer_digest=NAMES, config_digest=NAMES, capacity=SMALL),
     st.builds(LeaseRequest, episodes=NUMBERS),
     st.builds(
         Heartbeat,
