@@ -29,7 +29,7 @@ _TELLING: Final = re.compile(rf"(?i)(?:^|[^a-z]){_WORDS}(?:$|[^a-z])")
 _FLAG: Final = re.compile(r"--?[A-Za-z][\w-]*")
 _TAKES_ASSIGNMENT: Final = frozenset({"-e", "--env"})
 _ISSUED: Final = re.compile(
-    r"(?:sk|pk|rk|ghp|gho|ghs|github_pat|glpat|hf|tvly|xox[a-z]|AKIA|AIza|npm|pypi)[-_A-Za-z0-9]{12,}"
+    r"(?<![A-Za-z0-9])(?:(?:sk|pk|rk|tvly|glpat|xox[a-z]|npm|pypi)[-_]|gh[pos]_|github_pat_|hf_|AKIA|AIza)[-\w]{12,}"
 )
 """The forms in which well-known services issue keys."""
 _USERINFO: Final = re.compile(r"(?<=://)([^/@\s]+)(?=@)")

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Final, TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from protocols import packing
+from protocols.messages import Count, Name
 from protocols.packing import MAX_TRAJECTORIES, MAX_TREE_TOKENS, MAX_TURNS, Frame, MalformedTree, TokenBytes
 from protocols.records import (
     EpisodeTree,
@@ -28,7 +29,6 @@ from protocols.records import (
 
 __all__ = ["FRAMES", "Frame", "MalformedTree", "TreeHeader", "decode_header", "decode_tree", "encode_tree"]
 
-Count = Annotated[int, Field(ge=0, le=2**53)]
 Model = TypeVar("Model", bound=Record)
 
 FRAMES: Final = 8
@@ -38,17 +38,17 @@ FRAMES: Final = 8
 class TreeHeader(Record):
     """What the hub needs to know of a tree without touching its arrays; `decode_tree` checks it against them."""
 
-    tree_id: str
-    group_id: str
-    lease_id: str
+    tree_id: Name
+    group_id: Name
+    lease_id: Name
     episode: Count
-    actor_id: str
+    actor_id: Name
     task: Task
     rewards: dict[str, FiniteFloat | None]
-    weights: tuple[WeightStamp, ...]
+    weights: tuple[WeightStamp, ...] = Field(max_length=2**16)
     roles: tuple[str, ...] = Field(min_length=1, max_length=MAX_TRAJECTORIES)
     """Of every trajectory, parents first."""
-    statuses: tuple[Status, ...]
+    statuses: tuple[Status, ...] = Field(max_length=MAX_TRAJECTORIES)
     """Of every trajectory."""
     started_at: FiniteFloat
     """Unix time."""
@@ -73,10 +73,12 @@ class TreeHeader(Record):
 class _Names(Record):
     """The strings the array frames refer to, in their order."""
 
-    call_ids: tuple[str, ...]
-    tool_spans: tuple[ToolSpan, ...]
+    call_ids: tuple[str, ...] = Field(max_length=MAX_TURNS)
+    tool_spans: tuple[ToolSpan, ...] = Field(max_length=MAX_TURNS)
 
 
+MAX_TEXT_BYTES: Final = 64 * 2**20
+"""Most bytes of a JSON frame; parsed, it takes several times as many."""
 _TURNS: Final = TypeAdapter(tuple[Turn, ...])
 
 
@@ -252,6 +254,8 @@ def _turns(rows: Sequence[packing.TurnRow], calls: Iterator[str]) -> tuple[Turn,
 
 
 def _parse(model: type[Model], frame: Frame, what: str) -> Model:
+    if len(frame) > MAX_TEXT_BYTES:
+        raise MalformedTree(f"tree {what} of {len(frame)} bytes; at most {MAX_TEXT_BYTES}")
     try:
         return model.model_validate_json(bytes(frame))
     except ValidationError as error:

@@ -195,6 +195,8 @@ def pack_sampled(sampled: Flags) -> bytes:
 def unpack_sampled(frame: Frame, *, token_count: int) -> Flags:
     """The flags of all tokens."""
     runs = array(frame, np.uint32, "sampled-run frame")
+    if len(runs) > token_count + 2:  # only the first may be empty
+        raise MalformedTree(f"{len(runs)} sampled runs of {token_count} tokens")
     if int(runs.sum(dtype=np.uint64)) != token_count:
         raise MalformedTree(f"sampled runs do not add up to the header's {token_count} tokens")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, FiniteFloat, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
 
 Tokens = NDArray[np.int32]
 Flags = NDArray[np.bool_]
@@ -19,6 +19,9 @@ TurnKind = Literal["prompt", "sampled", "tool_result", "worker_report", "instruc
 StopReason = Literal["stop", "length", "context", "aborted"]
 Status = Literal["done", "turn_limit", "context_limit", "tool_failure", "engine_failure", "cancelled"]
 Outcome = Literal["ok", "model_error", "infrastructure"]
+
+Index = Annotated[int, Field(ge=0, le=2**53)]
+"""A count or a place: what every reader of JSON holds exactly."""
 
 INFRASTRUCTURE: frozenset[Status] = frozenset({"tool_failure", "engine_failure", "cancelled"})
 """Ends of a trajectory that are nobody's policy: masked from the loss, never a negative reward."""
@@ -97,9 +100,9 @@ class Turn(Record):
 class ToolSpan(Record):
     """One tool or worker call: who asked, what came of it and how long it took."""
 
-    trajectory: int
+    trajectory: Index
     """Index of the calling trajectory in the tree."""
-    turn: int
+    turn: Index
     """Index of the sampled turn that holds the call."""
     call_id: str
     server: str
@@ -110,13 +113,13 @@ class ToolSpan(Record):
     started_s: FiniteFloat
     """Seconds since the episode began."""
     seconds: FiniteFloat
-    result_bytes: int
+    result_bytes: Index
 
 
 class WeightStamp(Record):
     """The identity of one set of weights."""
 
-    version: int
+    version: Index
     digest: str
 
 

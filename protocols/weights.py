@@ -146,7 +146,10 @@ def _view(path: Path, name: str, entry: _Entry, body: NDArray[np.uint8]) -> Tens
             f"weight file {path}: tensor {name!r} of shape {list(entry.shape)} claims bytes {start} to {stop}"
             f" of {len(body)}: cut short?"
         )
-    data = np.asarray(body[start:stop]).view(item).reshape(entry.shape)
+    try:
+        data = np.asarray(body[start:stop]).view(item).reshape(entry.shape)
+    except (ValueError, OverflowError) as error:  # more dimensions, or a longer one, than arrays have
+        raise BadWeights(f"weight file {path}: tensor {name!r} has an impossible shape") from error
     # Files of other tools may mix item sizes without padding; not every consumer reads across alignment.
     return Tensor(dtype, data if data.flags.aligned else data.copy())
 
