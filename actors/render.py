@@ -105,7 +105,7 @@ class Renderer:
         """Read the tokenizer of a Hugging Face folder; no torch needed."""
         folder = model_folder(model)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"model.path {str(folder)!r} has no tokenizer that can be read: {reason}") from error

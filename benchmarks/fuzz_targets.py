@@ -79,6 +79,7 @@ class HubUnderAttack:
         self.journal = journal
         self.hub = Hub(
             config, journal, run="fuzz", weights=folder / "weights", tokenizer="t", train=[TASK], evaluation=[],
+            archive=folder / "archive",
             now_s=0.0,
         )  # fmt: skip
         keyframe = WeightObject(name="keyframe-0", kind="keyframe", version=0, base=None, size_bytes=8, digest="x")

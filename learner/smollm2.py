@@ -50,7 +50,9 @@ def convert(source: Path, out: Path) -> None:
     model = LlamaForCausalLM(loaded.config).bfloat16()
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False).save_pretrained(
+        partial
+    )
     notice = NOTICE.format(version=importlib.metadata.version(PACKAGE))
     (partial / "NOTICE").write_text(notice, encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)

@@ -136,6 +136,10 @@ class WeightStore:
         self.served_bytes += len(piece)
         return Chunk(name=entry.name, offset=request.offset), piece
 
+    def forget_read(self) -> None:
+        """Read every piece from its file again."""
+        self._read = ChunkCache(READ_BYTES)
+
     def delete_old(self) -> list[str]:
         """Remove files that no announcement names; returns their names. Call after the transaction is on disk."""
         gone = []

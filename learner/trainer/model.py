@@ -61,7 +61,10 @@ class Policy:
         register()
         disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it bare
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+            # Files are data: neither pickled weights nor the folder's own code is run.
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"model {str(folder)!r} cannot be loaded: {str(error).splitlines()[0]};"

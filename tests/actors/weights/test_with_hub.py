@@ -93,6 +93,48 @@ async def test_a_damaged_delta_is_answered_by_the_way_over_the_keyframe(tmp_path
         tasks.cancel_scope.cancel()
 
 
+async def test_a_tampered_keyframe_is_not_loaded_and_the_next_one_is(tmp_path: Path) -> None:
+    async with learner(tmp_path / "run") as run, anyio.create_task_group() as tasks:
+        ready = await run.publish(weights_at(0), step=0)
+        path = run.folder.weights / ready.objects[-1].name
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1  # the last bit of a weight
+        path.write_bytes(content)
+        engine = HoldingEngine()
+        actor = Actor("a", run.endpoint, engine, tmp_path / "a")
+        tasks.start_soon(actor.run)
+        while actor.follower is None or not actor.failures.get("broken"):
+            await anyio.sleep(0.01)  # the follower counts, and tells nobody
+        assert engine.loaded == []
+        await run.publish(weights_at(1), step=1, whole=True)
+        await actor.wait_version(1)
+        assert engine.loaded == [1]
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_weight_file_cut_short_under_the_hub_costs_nobody_but_its_readers(tmp_path: Path) -> None:
+    async with learner(tmp_path / "run") as run, anyio.create_task_group() as tasks:
+        ready = await run.publish(weights_at(0), step=0)
+        name = ready.objects[-1].name
+        first = Actor("first", run.endpoint, HoldingEngine(), tmp_path / "a")
+        tasks.start_soon(first.run)
+        await first.wait_version(0)
+        with (run.folder.weights / name).open("r+b") as file:
+            file.truncate(1000)
+        assert run.hub is not None
+        run.hub.weights.forget_read()
+        late = Actor("late", run.endpoint, HoldingEngine(), tmp_path / "b")
+        tasks.start_soon(late.run)
+        while late.follower is None or not late.failures.get("gone"):
+            await anyio.sleep(0.01)  # the follower counts, and tells nobody
+        announced = run.hub.weights.announcement()
+        assert announced is not None and announced.objects == (), "what cannot be served is not offered"
+        await run.publish(weights_at(1), step=1, whole=True)
+        for actor in (first, late):
+            await actor.wait_version(1)
+        tasks.cancel_scope.cancel()
+
+
 async def test_a_learner_back_at_an_older_checkpoint_is_followed_into_its_lineage(tmp_path: Path) -> None:
     async with learner(tmp_path / "run") as run, anyio.create_task_group() as tasks:
         engine = HoldingEngine()

@@ -157,12 +157,14 @@ class Bench:
         return self.send("actors", actor, self.hello_message(actor, capacity))
 
     def hello_message(self, actor: str = "actor-0", capacity: int = 100) -> Hello:
+        return self.hello_of(self.config, actor, capacity)
+
+    @staticmethod
+    def hello_of(config: Config, actor: str, capacity: int = 100) -> Hello:
+        """What an actor with these settings says first."""
+        digest = config.shared_digest
         return Hello(
-            protocol=PROTOCOL,
-            actor_id=actor,
-            tokenizer_digest=TOKENIZER,
-            config_digest=self.config.shared_digest,
-            capacity=capacity,
+            protocol=PROTOCOL, actor_id=actor, tokenizer_digest=TOKENIZER, config_digest=digest, capacity=capacity
         )
 
     def ask(self, episodes: int, actor: str = "actor-0") -> list[Lease]:
