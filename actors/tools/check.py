@@ -16,6 +16,7 @@ from actors.tools.names import matching, model_names
 from actors.tools.server import Facts, ToolServer
 from matpo.config import McpServer, Role, ServerExtras, Tools
 from matpo.errors import UserError
+from matpo.redaction import hide
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ async def check_servers(tools: Tools, variables: Mapping[str, str]) -> list[Find
         try:
             findings[name] = await _look(name, expand_server(name, entry, variables), tools)
         except UserError as error:
-            findings[name] = Finding(name, entry.transport, entry.matpo, problem=str(error))
+            findings[name] = Finding(name, entry.transport, entry.matpo, problem=hide(str(error)))
 
     async with anyio.create_task_group() as tasks:
         for name, entry in entries.items():
@@ -77,6 +78,6 @@ async def _look(name: str, entry: McpServer, tools: Tools) -> Finding:
             await server.ready()
             problem = "" if server.tools else "it offers no tool that may be used; see matpo.allow and matpo.deny"
         except UserError as error:
-            problem = str(error)
+            problem = hide(str(error))
         server.stop()
     return Finding(name, entry.transport, entry.matpo, server.tools, server.facts, problem)

@@ -104,7 +104,7 @@ async def test_a_tampered_keyframe_is_not_loaded_and_the_next_one_is(tmp_path: P
         actor = Actor("a", run.endpoint, engine, tmp_path / "a")
         tasks.start_soon(actor.run)
         while actor.follower is None or not actor.failures.get("broken"):
-            await anyio.sleep(0.01)  # the follower counts, and tells nobody
+            await anyio.lowlevel.checkpoint()  # the follower counts, and tells nobody
         assert engine.loaded == []
         await run.publish(weights_at(1), step=1, whole=True)
         await actor.wait_version(1)
@@ -126,7 +126,7 @@ async def test_a_weight_file_cut_short_under_the_hub_costs_nobody_but_its_reader
         late = Actor("late", run.endpoint, HoldingEngine(), tmp_path / "b")
         tasks.start_soon(late.run)
         while late.follower is None or not late.failures.get("gone"):
-            await anyio.sleep(0.01)  # the follower counts, and tells nobody
+            await anyio.lowlevel.checkpoint()  # the follower counts, and tells nobody
         announced = run.hub.weights.announcement()
         assert announced is not None and announced.objects == (), "what cannot be served is not offered"
         await run.publish(weights_at(1), step=1, whole=True)
