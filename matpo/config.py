@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import orjson
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from matpo.attention_config import AttentionChoice, check_attention
 from matpo.engine_config import EmbeddedEngine as EmbeddedEngine
 from matpo.engine_config import Engine as Engine
 from matpo.engine_config import SglangEngine as SglangEngine
@@ -231,6 +232,8 @@ class Learner(Section):
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; master weights and log-probabilities stay float32."""
+    attention: AttentionChoice = "auto"
+    """How shared prefixes are computed once (docs/training.md); "packed" shares nothing and serves every model."""
     publish_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     threads: int = Field(default=1, ge=1)
     micro_batch_tokens: int = Field(default=16_384, ge=64)
@@ -245,6 +248,11 @@ class Learner(Section):
     def _default_objective(cls, value: object) -> object:
         """Options of the default objective may be given without its name."""
         return {"name": Dppo().name, **value} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _attention_runs(self) -> Learner:
+        check_attention(self.attention, device=self.device, dtype=self.dtype)
+        return self
 
     @property
     def trees_per_step(self) -> int:

@@ -13,17 +13,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from learner.trainer.attention import ATTENTION, AttentionPlan, plan_attention, register
+from learner.trainer.attention.choice import choose_attention
+from learner.trainer.attention.interface import implementation, register
+from learner.trainer.attention.packed import hidden_of_paths
+from learner.trainer.attention.plan import AttentionPlan, plan_attention
 from learner.trainer.costs import ModelShape
 from learner.trainer.head import Head
 from learner.trainer.lora import Adapter
 from learner.trainer.recompute import Recompute, saved_bytes
 from learner.trainer.trie import build_trie
+from matpo.attention_config import Attention
 from matpo.config import Learner, Lora
 from matpo.errors import UserError
 
 PROBE_TOLERANCE = 1e-3
-"""Largest difference of a logit, relative to the largest one, between the trie and the model's own forward pass."""
+"""Largest difference from the model's own forward pass, relative to the largest entry."""
+PACKED_REMEDY = 'learner.attention = "packed" trains it, every sequence by itself'
 
 MEASURED_TOKENS = (32, 64)
 """Lengths of the two sequences whose forward passes tell how much memory a token takes."""
@@ -40,6 +45,7 @@ class Policy:
     """Those that are trained, by the name they travel under: Hugging Face's, where tied ones appear once, under the
     input embedding's; of an adapter PEFT's."""
     adapter: Adapter | None
+    attention: Attention
     dtype: torch.dtype
     device: torch.device
     shape: ModelShape
@@ -95,6 +101,7 @@ class Policy:
             head=Head(weight, bias, dtype),  # type: ignore[arg-type]  # Linear declares Tensor, holds Parameters
             parameters=dict(model.named_parameters()) if adapter is None else adapter.parameters,
             adapter=adapter,
+            attention=choose_attention(learner),
             dtype=dtype,
             device=device,
             shape=shape_of(model, projection),
@@ -111,9 +118,16 @@ class Policy:
         """Last hidden states [N, E] of a trie's tokens; with `recompute` the backward pass computes layers again."""
         self.recompute.on = recompute
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.body(
-                input_ids=tokens_N[None], position_ids=positions_N[None], use_cache=False, trie_plan=plan
-            )
+            return self._hidden(tokens_N, positions_N, plan)
+
+    def computed_tokens(self, plan: AttentionPlan) -> int:
+        """Tokens `hidden` runs the model on: the distinct ones, unless prefixes are not shared."""
+        return plan.paths.rows if self.attention == "packed" else plan.tokens
+
+    def _hidden(self, tokens_N: Tensor, positions_N: Tensor, plan: AttentionPlan) -> Tensor:
+        if self.attention == "packed":
+            return hidden_of_paths(self._own_hidden, tokens_N, plan.paths)
+        output = self.body(input_ids=tokens_N[None], position_ids=positions_N[None], use_cache=False, trie_plan=plan)
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
@@ -128,33 +142,44 @@ class Policy:
         few, many = MEASURED_TOKENS
         self.recompute.bytes_per_token = (saved(many) - saved(few)) // (many - few)
 
-    def _probe(self) -> None:
-        """Compare the trie's logits with the model's own on two short sequences; ends with trie attention switched on.
+    def _own_hidden(self, tokens_PL: Tensor) -> Tensor:
+        hidden: Tensor = self.body(input_ids=tokens_PL, use_cache=False).last_hidden_state
+        return hidden
 
-        Catches every architecture the trie cannot serve (linear attention, soft-capped or scaled logits, …) before a
-        step is taken on it.
+    def _probe(self) -> None:
+        """Compare hidden states over a trie with the model's own on two short sequences, and the head with the model's.
+
+        Catches every architecture that cannot be served (linear attention, soft-capped or scaled logits, …) before a
+        step is taken on it. Ends with the chosen attention switched on.
         """
         short = np.random.default_rng(0).integers(0, self.vocabulary, (2, 9), dtype=np.int32)
         short[1, :4] = short[0, :4]
+        trie = build_trie(list(short))
+        rows, tokens, positions = (
+            torch.from_numpy(array).long().to(self.device) for array in (short, trie.tokens, trie.positions)
+        )
+        name = type(self.model).__name__
         with torch.no_grad():
-            own = torch.cat([self.model(torch.from_numpy(row[None]).long().to(self.device)).logits[0] for row in short])
-            self.model.set_attn_implementation(ATTENTION)
-            trie = build_trie(list(short))
-            plan = plan_attention(trie, self.device)
-            tokens, positions = (torch.from_numpy(array).to(self.device) for array in (trie.tokens, trie.positions))
-            try:
-                hidden = self.body(
-                    input_ids=tokens[None], position_ids=positions[None], use_cache=False, trie_plan=plan
+            logits = torch.cat([self.model(row[None], use_cache=False).logits[0] for row in rows])
+            own = torch.cat([self._own_hidden(row[None])[0] for row in rows])
+            difference = _relative(torch.nn.functional.linear(own, self.head.weight, self.head.bias), logits)
+            if not difference <= PROBE_TOLERANCE:
+                raise UserError(
+                    f"model {name} cannot be trained: its logits differ by {difference:.2g} (relative) from a linear"
+                    " map of its last hidden states; models that scale or cap them are not served"
                 )
+            if self.attention == "packed":
+                return
+            self.model.set_attn_implementation(implementation(self.attention))
+            try:
+                hidden = self._hidden(tokens, positions, plan_attention(trie, self.device))
             except (ValueError, TypeError) as error:
-                raise UserError(f"model {type(self.model).__name__} cannot be trained: {error}") from error
-            ours = torch.nn.functional.linear(hidden.last_hidden_state[0], self.head.weight, self.head.bias)
-        ours = ours[torch.from_numpy(np.concatenate(trie.paths)).to(self.device)]
-        difference = ((ours - own).abs().max() / own.abs().max()).item()
+                raise UserError(f"model {name} cannot share prefixes: {error}; {PACKED_REMEDY}") from error
+        difference = _relative(hidden[torch.from_numpy(np.concatenate(trie.paths)).to(self.device)], own)
         if not difference <= PROBE_TOLERANCE:
             raise UserError(
-                f"model {type(self.model).__name__} cannot be trained: its logits differ by {difference:.2g} (relative)"
-                " when prefixes are shared; only causal models with softmax attention and a linear head are served"
+                f"model {name} cannot share prefixes: its hidden states then differ by {difference:.2g} (relative), as"
+                f" those of anything but causal softmax attention do; {PACKED_REMEDY}"
             )
 
 
@@ -165,6 +190,11 @@ def narrow_frozen(model: PreTrainedModel, dtype: torch.dtype) -> None:
         frozen = isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
         if frozen and module.weight is not embedding.weight:  # a lookup is not rounded
             torch.nn.Module.to(module, dtype=dtype)
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to the largest entry."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def shape_of(model: PreTrainedModel, projection: torch.nn.Linear) -> ModelShape:

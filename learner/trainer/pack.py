@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.trainer.attention import AttentionPlan, plan_attention
+from learner.trainer.attention.plan import AttentionPlan, plan_attention
 from learner.trainer.costs import TOKENS_ALONE, ModelShape, Work, packed_work, padded_work
 from learner.trainer.plan import Sample, plan
 from learner.trainer.trie import build_trie

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from learner.trainer.costs import ModelShape, Work
+from learner.trainer.costs import Work
+from learner.trainer.model import Policy
 from learner.trainer.pack import MicroBatch
 from matpo.objective import PolicyReport, policy_report, reference_kl
 from protocols.records import Record
@@ -25,8 +26,8 @@ class WorkReport(Record):
     """Of those, computed once each."""
     padded_tokens: int
     """Had nothing been shared and every sequence been padded to the longest of its eight."""
-    attended_tokens: int
-    """Tokens attention ran over, its padding included."""
+    computed_tokens: int
+    """Tokens the model ran on: the unique ones, or, where prefixes are not shared, all of them with their padding."""
     sampled_tokens: int
     scored_tokens: int
     """Distinct (prefix, sampled token) pairs the head computed."""
@@ -76,8 +77,9 @@ class Pass:
     backward_s: float = 0.0
 
 
-def work_report(batches: Sequence[MicroBatch], shape: ModelShape) -> WorkReport:
+def work_report(batches: Sequence[MicroBatch], policy: Policy) -> WorkReport:
     """Of one pass over some micro-batches."""
+    shape = policy.shape
     computed = sum((batch.computed for batch in batches), Work())
     packed = sum((batch.packed for batch in batches), Work())
     padded = sum((batch.padded for batch in batches), Work())
@@ -86,7 +88,7 @@ def work_report(batches: Sequence[MicroBatch], shape: ModelShape) -> WorkReport:
         tokens=packed.tokens,
         unique_tokens=computed.tokens,
         padded_tokens=padded.tokens,
-        attended_tokens=sum(batch.plan.rows for batch in batches),
+        computed_tokens=sum(policy.computed_tokens(batch.plan) for batch in batches),
         sampled_tokens=packed.scored,
         scored_tokens=computed.scored,
         flops=shape.flops(computed),

@@ -137,7 +137,7 @@ def train_step(
     clock.append(time.perf_counter())
     optimizer.zero_grad(set_to_none=True)
     return StepReport(
-        **work_report(batches, policy.shape).model_dump(),
+        **work_report(batches, policy).model_dump(),
         step=step,
         loss=first.loss,
         grad_norm=norm,

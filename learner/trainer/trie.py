@@ -1,6 +1,7 @@
 """Merge token sequences into a trie, so that every distinct prefix is computed once.
 
-Tokens lie flat in depth-first order; a token's position is its depth; the path of a sequence lists its tokens' places.
+Tokens lie flat in depth-first order; a token's position is its depth; a token's descendants stand right after it, up to
+its `subtree_end`. Token q follows on token k, and may see it, where `k <= q < subtree_end[k]`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ class Trie:
     """Token ids, shape N, depth first."""
     positions: Indexes
     """Depth of each token, shape N."""
+    subtree_end: Indexes
+    """One past the last descendant of each token, shape N."""
     paths: tuple[Indexes, ...]
     """Per sequence, in the order given: the place in `tokens` of each of its tokens."""
     leaves: tuple[int, ...]
@@ -54,11 +57,13 @@ def build_trie(sequences: Sequence[NDArray[np.int32]]) -> Trie:
     paths: list[Indexes] = [np.empty(0, np.int64)] * len(sequences)
     tokens: list[NDArray[np.int32]] = []
     positions: list[Indexes] = []
+    subtree_end = np.empty(sum(len(sequence) for sequence in sequences), np.int64)
     leaves: list[int] = []
     total = 0
     previous = np.empty(0, np.int64)
     for place, index in enumerate(order):
         own = sequences[index][shared[place] :]
+        subtree_end[previous[shared[place] :]] = total
         previous = np.concatenate([previous[: shared[place]], np.arange(total, total + len(own), dtype=np.int64)])
         paths[index] = previous
         total += len(own)
@@ -67,9 +72,11 @@ def build_trie(sequences: Sequence[NDArray[np.int32]]) -> Trie:
         # Sorted, a prefix comes right before what extends it.
         if place + 1 == len(order) or shared[place + 1] < len(sequences[index]):
             leaves.append(index)
+    subtree_end[previous] = total
     return Trie(
         tokens=np.concatenate(tokens).astype(np.int64),
         positions=np.concatenate(positions),
+        subtree_end=subtree_end[:total].copy(),
         paths=tuple(paths),
         leaves=tuple(leaves),
     )
