@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from learner.trainer.costs import ModelShape
 from learner.trainer.intake import prepare, read_trees
@@ -25,7 +24,7 @@ from protocols.codec import encode_tree
 from protocols.messages import Batch
 from protocols.records import EpisodeTree
 from protocols.weights import weights_digest
-from tests.learner.trainer.models import VOCABULARY, reference_gradient, sample, tiny_model
+from tests.learner.trainer.models import reference_gradient, sample, tiny_model
 from tests.learner.trainer.test_exactness import CPU, random_rows, relative_difference
 from tests.matpo.trees import OTHER, trajectory, tree
 
@@ -124,33 +123,6 @@ def test_bfloat16_computes_about_the_same_gradient_with_float32_weights() -> Non
     grads = {name: p.grad for name, p in policy.parameters.items() if p.grad is not None}
     assert {grad.dtype for grad in grads.values()} == {torch.float32}
     assert relative_difference(grads, reference) < 0.2
-
-
-def test_sliding_window_attention_is_exact() -> None:
-    config = MistralConfig.from_dict(
-        tiny_model("llama").config.to_dict() | {"sliding_window": 4, "model_type": "mistral", "architectures": None}
-    )
-    torch.manual_seed(0)
-    model = MistralForCausalLM(config)
-    model.set_attn_implementation("eager")
-    rows = random_rows(12, seed=9)
-    _, expected = reference_gradient(model, rows, Tis())
-    expected = {name: grad.clone() for name, grad in expected.items()}
-    policy = Policy.of(model, Learner())
-    accumulate(policy, pack(rows, limit_tokens=1000, device=CPU), Tis())
-    found = {name: p.grad for name, p in policy.parameters.items() if p.grad is not None}
-    assert relative_difference(found, expected) < 1e-5
-
-
-def test_a_model_the_trie_cannot_serve_is_refused_with_the_reason() -> None:
-    config = Gemma2Config(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-        intermediate_size=16, vocab_size=VOCABULARY,
-    )  # fmt: skip
-    model = Gemma2ForCausalLM(config)
-    model.set_attn_implementation("eager")
-    with pytest.raises(UserError, match=r"Gemma2ForCausalLM cannot share prefixes: .* softcap=50"):
-        Policy.of(model, Learner())
 
 
 def test_a_folder_without_weights_is_refused_in_one_line(tmp_path: Path) -> None:
