@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,12 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from learner.trainer import head
+from learner.trainer.intake import prepare
 from learner.trainer.model import Policy
 from learner.trainer.pack import pack
 from learner.trainer.plan import Sample
 from learner.trainer.step import accumulate
-from matpo.config import Clip, Decoupled, Dppo, Learner, Objective, Tis
+from matpo.config import Config, Dppo, Learner, Objective, Tis
+from matpo.credit.chosen import advantages
+from matpo.weighting import token_weights
+from protocols.records import EpisodeTree, Trajectory
 from tests.learner.trainer.models import VOCABULARY, Family, reference_gradient, sample, tiny_model
+from tests.matpo.trees import group_of, trajectory, tree
 
 CPU = torch.device("cpu")
 
@@ -56,9 +63,12 @@ def gradient(
     return done.loss, {name: p.grad.clone() for name, p in policy.parameters.items() if p.grad is not None}
 
 
+OBJECTIVES = [Dppo(tau=0.1), *(kind() for kind in get_args(get_args(Objective)[0]) if kind is not Dppo)]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("objective", [Dppo(tau=0.1), Clip(), Decoupled(), Tis()], ids=lambda o: o.name)
-@settings(max_examples=20, deadline=None)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
+@settings(max_examples=12, deadline=None)
 @given(rows=samples(), limit=st.sampled_from([1, 7, 20, 1000]))
 def test_loss_and_gradients_equal_one_by_one_eager_training(
     family: Family, objective: Objective, rows: list[Sample], limit: int
@@ -66,6 +76,64 @@ def test_loss_and_gradients_equal_one_by_one_eager_training(
     expected_loss, expected = reference_gradient(tiny_model(family), rows, objective)
     loss, found = gradient(Policy.of(tiny_model(family), Learner()), rows, objective, limit)
     assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
+    assert relative_difference(found, expected) < 1e-5
+
+
+@st.composite
+def episodes(draw: st.DrawFn) -> list[EpisodeTree]:
+    """A group: planners and their workers over three tokens; two trees are scored, others may not be."""
+
+    def played(role: str, parent: tuple[int, int] | None) -> Trajectory:
+        flags = "." + "".join(draw(st.lists(st.sampled_from(".x"), max_size=9))) + "x"
+        tokens = draw(st.lists(st.integers(0, 2), min_size=len(flags), max_size=len(flags)))
+        return replace(trajectory(flags, role=role, parent=parent), tokens=np.array(tokens, np.int32))
+
+    return [
+        tree(
+            float(number) if number < 2 else draw(st.sampled_from([0.0, 0.3, 1.0, None])),
+            *(played("planner" if not n else "worker", (0, 0) if n else None) for n in range(draw(st.integers(1, 4)))),
+            name=f"t{number}",
+            episode=number,
+        )
+        for number in range(draw(st.integers(2, 5)))
+    ]
+
+
+def samples_of(trees: Sequence[EpisodeTree], learner: Learner) -> list[Sample]:
+    """What the loss is over, by the algorithm alone."""
+    scores = advantages(group_of(trees), learner)
+    weights = token_weights(trees, scores, learner)
+    return [
+        Sample(one.role, one.tokens, one.sampled, one.logprobs, advantage=score, weight=weight, temperature=1.0)
+        for tree, row, factors in zip(trees, scores, weights, strict=True)
+        for one, score, weight in zip(tree.trajectories, row, factors, strict=True)
+        if score is not None and weight
+    ]
+
+
+@pytest.mark.parametrize("weighting", get_args(Learner.model_fields["weighting"].annotation))
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
+@settings(max_examples=5, deadline=None)
+@given(trees=episodes(), limit=st.sampled_from([64, 1000]))
+def test_every_objective_under_every_weighting_equals_one_by_one_training(
+    weighting: str, objective: Objective, trees: list[EpisodeTree], limit: int
+) -> None:
+    roles = {"planner": {"system": "p"}, "worker": {"system": "w"}}
+    content: dict[str, object] = {
+        "model": {"path": "."},
+        "data": {name: {"kind": "world"} for name in ("train", "evaluation")},
+        "episode": {"roles": roles},
+        "learner": {"weighting": weighting, "objective": objective, "micro_batch_tokens": limit},
+    }
+    config = Config.model_validate(content)
+    rows = samples_of(trees, config.learner)
+    expected_loss, expected = reference_gradient(tiny_model("qwen3"), rows, objective)
+    policy = Policy.of(tiny_model("qwen3"), config.learner)
+    done = accumulate(
+        policy, prepare(trees, config, current=0, shape=policy.shape, device=CPU).micro_batches, objective
+    )
+    found = {name: p.grad for name, p in policy.parameters.items() if p.grad is not None}
+    assert done.loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
     assert relative_difference(found, expected) < 1e-5
 
 
