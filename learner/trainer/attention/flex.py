@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 import torch
@@ -67,15 +67,17 @@ def _listed(chosen: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(counts)[None, None].to(device), torch.from_numpy(order)[None, None].to(device)
 
 
+_Flex = Callable[..., Tensor]
+
+
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
+def _compiled() -> _Flex:
     # Without dynamic shapes every new length of a micro-batch would be compiled again.
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
-    return compiled
+    return torch.compile(cast(_Flex, flex_attention), dynamic=True)
 
 
 def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, plan: BlockMask, scale: float) -> Tensor:
     """[1, H, N, D] queries, [1, key heads, N, D] keys and values → [1, N, H, D]. Uncompiled away from a GPU."""
-    attend = _compiled() if query.is_cuda else flex_attention
+    attend = _compiled() if query.is_cuda else cast(_Flex, flex_attention)
     output = attend(query, key, value, block_mask=plan, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     return output.transpose(1, 2)

@@ -48,7 +48,7 @@ class Run:
 
     def take(self, rows: Tensor, group: int) -> Tensor:
         """[K, N·G, D] → the view [G, K, tokens, D]."""
-        return _range(rows, self.tokens, group).unflatten(1, (-1, group)).permute(2, 0, 1, 3)
+        return split_groups(_range(rows, self.tokens, group), group).permute(2, 0, 1, 3)
 
     def put(self, rows: Tensor, part: Tensor) -> None:
         """Write [G, K, tokens, D] to the rows [K, N·G, D] of its tokens."""
@@ -69,14 +69,14 @@ class ShortRuns:
 
     def take(self, rows: Tensor, group: int) -> Tensor:
         """[K, N·G, D] → [G, K·P, L, D]."""
-        gathered = rows.unflatten(1, (-1, group)).index_select(1, self.gather)
+        gathered = split_groups(rows, group).index_select(1, self.gather)
         return gathered.view(-1, self.length, group, rows.shape[2]).permute(2, 0, 1, 3)
 
     def put(self, rows: Tensor, part: Tensor) -> None:
         """Write [G, K·P, L, D] without its padding to the rows [K, N·G, D] of its tokens."""
         group, _, _, width = part.shape
         flat = part.permute(1, 2, 0, 3).reshape(len(rows), -1, group, width)
-        rows.unflatten(1, (-1, group))[:, self.tokens] = flat.index_select(1, self.kept).to(rows.dtype)
+        split_groups(rows, group)[:, self.tokens] = flat.index_select(1, self.kept).to(rows.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,14 +207,20 @@ def _without_padding(causal: Run | ShortRuns, grad: Tensor) -> Tensor:
     return grad * kept.repeat(grad.shape[1] // len(kept), 1, 1).to(grad.dtype)
 
 
+def split_groups(rows: Tensor, group: int) -> Tensor:
+    """[K, N·G, D] → the view [K, N, G, D]."""
+    return rows.view(rows.shape[0], -1, group, rows.shape[2])
+
+
 def grouped_rows(query: Tensor, key_heads: int) -> Tensor:
     """[1, K·G, N, D] → [K, N·G, D]."""
-    return query[0].unflatten(0, (key_heads, -1)).transpose(1, 2).reshape(key_heads, -1, query.shape[3])
+    _, heads, tokens, width = query.shape
+    return query.view(key_heads, heads // key_heads, tokens, width).transpose(1, 2).reshape(key_heads, -1, width)
 
 
 def ungrouped_rows(rows: Tensor, tokens: int) -> Tensor:
     """[K, N·G, D] → [1, N, K·G, D]."""
-    return rows.unflatten(1, (tokens, -1)).transpose(0, 1).reshape(1, tokens, -1, rows.shape[2])
+    return rows.view(rows.shape[0], tokens, -1, rows.shape[2]).transpose(0, 1).reshape(1, tokens, -1, rows.shape[2])
 
 
 def rectangle_attention(query: Tensor, key: Tensor, value: Tensor, plan: Rectangles, scale: float) -> Tensor:

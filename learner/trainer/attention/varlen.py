@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final, cast
 
 import numpy as np
 import torch
@@ -15,6 +16,10 @@ from torch.nn.attention.varlen import varlen_attn
 
 from learner.trainer.attention.geometry import chains
 from learner.trainer.trie import Trie
+
+Kernel = Callable[..., Tensor]
+"""`torch.nn.attention.varlen.varlen_attn` or what has its signature."""
+FLASH: Final = cast(Kernel, varlen_attn)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,7 +58,7 @@ def varlen_tree_attention(
     value: Tensor,
     plan: VarlenPlan,
     scale: float,
-    kernel: Callable[..., Tensor] = varlen_attn,
+    kernel: Kernel = FLASH,
 ) -> Tensor:
     """[1, H, N, D] queries, [1, key heads, N, D] keys and values → [1, N, H, D]."""
     output = kernel(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from learner.trainer.attention.geometry import Chain, chains
-from learner.trainer.attention.rectangles import grouped_rows, ungrouped_rows
+from learner.trainer.attention.rectangles import grouped_rows, split_groups, ungrouped_rows
 from learner.trainer.trie import Trie
 
 LONGEST_CHAIN: Final = 128
@@ -121,14 +121,14 @@ def _inputs(block: ChainBlock, query: Tensor, key: Tensor, value: Tensor) -> tup
 
 def _take(rows: Tensor, places: Tensor, group: int) -> Tensor:
     """[K, N·G, D] → [P, K, L·G, D] for places [P, L]."""
-    gathered = rows.unflatten(1, (-1, group)).index_select(1, places.reshape(-1))
+    gathered = split_groups(rows, group).index_select(1, places.reshape(-1))
     return gathered.view(len(rows), len(places), -1, rows.shape[2]).transpose(0, 1)
 
 
 def _put(block: ChainBlock, rows: Tensor, part: Tensor) -> None:
     """Write [P, K, L·G, D] without its padding to the rows [K, N·G, D] of its tokens."""
     flat = part.transpose(0, 1).reshape(len(rows), block.queries.numel(), -1, rows.shape[2])
-    rows.unflatten(1, (-1, flat.shape[2]))[:, block.tokens] = flat.index_select(1, block.kept).to(rows.dtype)
+    split_groups(rows, flat.shape[2])[:, block.tokens] = flat.index_select(1, block.kept).to(rows.dtype)
 
 
 def window_attention(query: Tensor, key: Tensor, value: Tensor, plan: tuple[ChainBlock, ...], scale: float) -> Tensor:

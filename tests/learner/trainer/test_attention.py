@@ -139,8 +139,8 @@ def test_bfloat16_rectangles_and_windows_are_exact_to_bfloat16() -> None:
 def test_flex_is_exact(trie: Trie, window: int | None) -> None:
     """Forward only: away from a GPU PyTorch has no backward pass for it."""
     inputs = Inputs.random(len(trie.tokens))
-    rows = [tensor.detach() for tensor in (inputs.query, inputs.key, inputs.value)]
-    found = flex_tree_attention(*rows, plan_block_mask(trie, window, CPU), SCALE)
+    query, key, value = (tensor.detach() for tensor in (inputs.query, inputs.key, inputs.value))
+    found = flex_tree_attention(query, key, value, plan_block_mask(trie, window, CPU), SCALE)
     assert_close([found], inputs.expected(on_paths(trie, window))[:1])
 
 
@@ -220,11 +220,11 @@ def test_gpu_kernels_agree_with_rectangles_in_bfloat16(way: str, window: int | N
     inputs = Inputs.random(len(trie.tokens), torch.bfloat16)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        rows = [torch.nn.functional.pad(x, (0, 56)).to(device) for x in (query, key, value)]  # 64 wide
+        q, k, v = (torch.nn.functional.pad(x, (0, 56)).to(device) for x in (query, key, value))  # 64 wide
         if way == "flex":
-            output = flex_tree_attention(*rows, plan_block_mask(trie, window, device), SCALE)
+            output = flex_tree_attention(q, k, v, plan_block_mask(trie, window, device), SCALE)
         else:
-            output = varlen_tree_attention(*rows, plan_varlen(trie, window, device), SCALE)
+            output = varlen_tree_attention(q, k, v, plan_varlen(trie, window, device), SCALE)
         return output[..., :8].to("cpu")
 
     expected = Inputs.random(len(trie.tokens)).expected(on_paths(trie, window))
