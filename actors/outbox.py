@@ -1,7 +1,8 @@
 """Finished trees as files until the hub has them: a killed actor, hub or network loses none and doubles none.
 
 One file per tree, written beside and renamed; the page cache keeps it when the process is killed (not when the machine
-loses power: then the lease expires and is played again).
+loses power: then the lease expires and is played again). While the disk is full, trees wait in memory and no episode
+begins.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Protocol, Self
 import anyio
 import structlog
 
-from matpo.errors import UserError
+from matpo.errors import NO_SPACE, UserError
 from protocols.codec import MalformedTree, decode_header, encode_tree
 from protocols.messages import Refuse, RefuseReason, TreeUpload
 from protocols.records import EpisodeTree
@@ -48,6 +49,8 @@ class Uplink(Protocol):
 @dataclass(slots=True)
 class _Entry:
     lease_id: str
+    content: bytes | None = None
+    """Of a tree that the disk had no room for."""
     sent_at: float | None = field(default=None)
     """Monotonic seconds; None while it waits to be sent."""
 
@@ -61,6 +64,8 @@ class Outbox:
         self._resend_s = resend_s
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         """Only the first `WINDOW_TREES` are ever on their way."""
+        self._in_memory = 0
+        """Trees the disk had no room for."""
         self._changed = anyio.Event()
         self.dropped: Counter[str] = Counter()
         """Trees the hub will never take, by reason."""
@@ -90,7 +95,7 @@ class Outbox:
     @property
     def full(self) -> bool:
         """Whether playing must pause until the hub takes some."""
-        return len(self._entries) >= self._limit
+        return len(self._entries) >= self._limit or self._in_memory > 0
 
     @property
     def leases(self) -> frozenset[str]:
@@ -99,18 +104,31 @@ class Outbox:
 
     def put(self, tree: EpisodeTree) -> None:
         """Write a finished tree. Raises `ValueError` for one beyond the codec's limits."""
-        frames = encode_tree(tree)
+        entry, content = _Entry(tree.lease_id), _pack(encode_tree(tree))
         draft = self._folder / f"{tree.tree_id}.draft"
-        draft.write_bytes(_pack(frames))
-        draft.rename(self._path(tree.tree_id))
-        self._entries[tree.tree_id] = _Entry(tree.lease_id)
+        try:
+            draft.write_bytes(content)
+            draft.rename(self._path(tree.tree_id))
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            draft.unlink(missing_ok=True)
+            log.warning("disk full, tree kept in memory", folder=str(self._folder), tree=tree.tree_id)
+            entry.content = content
+            self._in_memory += 1
+        self._entries[tree.tree_id] = entry
         self._notice()
 
     def acknowledge(self, tree_id: str) -> None:
         """The hub has the tree: forget it. A second acknowledgement is nothing."""
-        if self._entries.pop(tree_id, None) is not None:
+        entry = self._entries.pop(tree_id, None)
+        if entry is None:
+            return
+        if entry.content is None:
             self._path(tree_id).unlink()
-            self._notice()
+        else:
+            self._in_memory -= 1
+        self._notice()
 
     def refuse(self, refusal: Refuse) -> bool:
         """Handle a refusal about one of these trees. False when it is about something else."""
@@ -146,7 +164,8 @@ class Outbox:
                 with anyio.move_on_after(self._patience_s()):
                     await self._changed.wait()
                 continue
-            frames = _unpack(self._path(tree_id).read_bytes())
+            content = self._entries[tree_id].content
+            frames = _unpack(self._path(tree_id).read_bytes() if content is None else content)
             if not await uplink.send(TreeUpload(tree_id=tree_id), frames):
                 await uplink.wait_connected()
             elif (entry := self._entries.get(tree_id)) is not None:  # it may be acknowledged by now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable
@@ -9,6 +10,9 @@ from types import TracebackType
 from typing import TypeVar
 
 from matpo.redaction import hide
+
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Numbers of the `OSError` of a full disk, a used-up quota, a file-size limit."""
 
 Kind = TypeVar("Kind", bound=Exception)
 

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
 import structlog
 
+from matpo.errors import NO_SPACE
 from matpo.redaction import hide
+
+
+class _LineFile:
+    """Appends lines, and leaves out what a full disk does not take: a log must not end what it tells about."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def msg(self, line: str) -> None:
+        try:
+            os.write(self._descriptor, line.encode() + b"\n")
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+
+    debug = info = warning = error = critical = msg
 
 
 def configure_logs(path: Path | None, component: str) -> None:
@@ -27,9 +45,10 @@ def configure_logs(path: Path | None, component: str) -> None:
         )
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
+        lines = _LineFile(path)
         structlog.configure(
             processors=[*shared, _hiding(structlog.processors.JSONRenderer())],
-            logger_factory=structlog.WriteLoggerFactory(path.open("a", buffering=1, encoding="utf-8")),
+            logger_factory=lambda *_: lines,
             wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         )
     structlog.contextvars.bind_contextvars(component=component)

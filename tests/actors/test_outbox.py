@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import anyio
 import pytest
+from structlog.testing import capture_logs
 
 from actors import outbox as module
 from actors.outbox import WINDOW_TREES, Outbox
@@ -19,8 +22,8 @@ from tests.counting import lines_run
 PATIENCE_S = 10.0
 
 
-def tree_files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("*.tree"))
+def tree_files(folder: Path, suffix: str = "tree") -> list[str]:
+    return sorted(path.name for path in folder.glob(f"*.{suffix}"))
 
 
 class Wire:
@@ -61,6 +64,35 @@ async def test_a_tree_goes_out_whole_and_its_file_goes_when_it_is_acknowledged(t
             outbox.acknowledge("a")
             outbox.acknowledge("a")
             assert len(outbox) == 0 and tree_files(tmp_path) == []
+            tasks.cancel_scope.cancel()
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process may grow: the kernel refuses the write, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+async def test_a_tree_the_disk_has_no_room_for_is_kept_in_memory_and_delivered(tmp_path: Path) -> None:
+    wire = Wire()
+    with Outbox.open(tmp_path, limit_trees=10) as outbox:
+        with capture_logs() as logs, full_disk():
+            outbox.put(small_tree("a"))
+        assert [line["event"] for line in logs] == ["disk full, tree kept in memory"]
+        assert outbox.full and len(outbox) == 1 and outbox.leases == {"lease-1"}
+        assert tree_files(tmp_path) == [] == tree_files(tmp_path, "draft")
+        outbox.put(small_tree("b"))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(outbox.upload, wire)
+            await wire.wait_sent(2)
+            assert [decode_tree(frames).tree_id for _, frames in wire.sent] == ["a", "b"]
+            outbox.acknowledge("a")
+            assert not outbox.full and tree_files(tmp_path) == ["b.tree"]
             tasks.cancel_scope.cancel()
 
 

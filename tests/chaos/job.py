@@ -166,14 +166,13 @@ class Job:
         self._run.send_signal(signal.SIGINT)
         with anyio.fail_after(LEAVE_LIMIT_S):
             code = await self._run.wait()
+            for actor in with_role(self.parent, "actor"):
+                with suppress(*GONE):
+                    actor.terminate()
             while True:
-                left = [process for role_, process in all_below(self.parent) if role_ != "run"]
-                if not left:
+                if not list(all_below(self.parent)):
                     return code
-                for process in left:
-                    with suppress(*GONE):
-                        process.terminate()
-                await anyio.sleep(1)
+                await anyio.sleep(LOOK_EVERY_S)
 
     async def _strike_process(self, fault: Fault, of: Role) -> bool:
         with anyio.move_on_after(FOUND_WITHIN_S):
