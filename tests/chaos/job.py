@@ -35,6 +35,12 @@ ALWAYS: tuple[str, ...] = (
     "learner.checkpoint_every_steps=2",
 )  # fmt: skip
 """Without end; kills are frequent, so leases are short and an episode is played more often before it is given up."""
+SMALL = (
+    "learner.groups_per_step=4", "learner.group_size=4", "actor.concurrency=16", "evaluation.questions=8",
+    "evaluation.every_steps=0", "data.train.worlds=8", "data.train.questions=64", "data.evaluation.worlds=4",
+    "data.evaluation.questions=8",
+)  # fmt: skip
+"""Overrides that make a step of the quick start a second's work."""
 T = TypeVar("T")
 
 

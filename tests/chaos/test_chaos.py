@@ -8,16 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.faults import RARE, SHARES, schedule
-from tests.chaos.job import Settings
+from tests.chaos.job import SMALL, Settings
 from tests.chaos.play import play, say_on_stderr
 from tests.end_to_end.processes import QUICKSTART
 
 FAULTS, SECONDS, SEED = 32, 75.0, 6
-SMALL = (
-    "learner.groups_per_step=4", "learner.group_size=4", "actor.concurrency=16", "evaluation.questions=8",
-    "evaluation.every_steps=0", "data.train.worlds=8", "data.train.questions=64", "data.evaluation.worlds=4",
-    "data.evaluation.questions=8",
-)  # fmt: skip
 
 
 def test_a_schedule_is_decided_by_its_seed_and_holds_every_kind_of_fault() -> None:
