@@ -77,7 +77,9 @@ WAITS: Final[Mapping[WaitName, Named]] = {
     ),
     "leases": Named("leases", 60.0, "the trainer is busy or the hub's admission is full; raise freshness.eta"),
     "outbox": Named(
-        "the hub to acknowledge trees (outbox full)", 60.0, "start the hub or raise actor.outbox_limit_trees"
+        "the hub to acknowledge trees (outbox or its disk full)",
+        60.0,
+        "start the hub, free disk space below --state, or raise actor.outbox_limit_trees",
     ),
     "weights": Named("weights of version {version}", 60.0, "see the trainer's log and the actor's weight follower"),
     "weights_turn": Named(
