@@ -230,6 +230,11 @@ class Learner(Section):
     filter_zero_variance: bool = False
     """Leave groups whose rewards are all equal out of the step (they are counted, and others are admitted instead)."""
     device: str = "cpu"
+    """`cpu` or `cuda`; of several ranks each takes a GPU of its own."""
+    ranks: int = Field(default=1, ge=1)
+    """Processes on this machine that train together, one a GPU; on several machines `accelerate launch` says it."""
+    rank_timeout_s: float = Field(default=900.0, gt=0)
+    """Longest a rank waits for another before it gives up and all are started again; above the time of a checkpoint."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; master weights and log-probabilities stay float32."""
     attention: AttentionChoice = "auto"

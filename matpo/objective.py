@@ -6,6 +6,8 @@ step; R = π/μ, ρ = π_old/μ, r = π/π_old. Formulas and sources: docs/algor
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -127,6 +129,8 @@ class PolicyReport(Record):
     logp_difference: float
     """Mean |log π − log μ|."""
     logp_difference_max: float
+    ratio_mean: float
+    """Mean of R."""
     effective_samples: float
     """(Σ R)² / (T Σ R²): 1 on policy, towards 0 as few tokens carry the gradient."""
     masked_fraction: float
@@ -148,9 +152,38 @@ def policy_report(
         mismatch_kl=(ratio_T - 1 - log_ratio_T).mean().item(),
         logp_difference=log_ratio_T.abs().mean().item(),
         logp_difference_max=log_ratio_T.abs().max().item(),
+        ratio_mean=ratio_T.mean().item(),
         effective_samples=(ratio_T.sum().square() / (len(ratio_T) * ratio_T.square().sum())).item(),
         masked_fraction=masked_T.double().mean().item(),
         entropy=entropy_T.double().mean().item(),
         advantage_mean=advantage_T.mean().item(),
         advantage_variance=advantage_T.var(correction=0).item(),
     )
+
+
+def merged_policy(reports: Sequence[PolicyReport]) -> PolicyReport:
+    """Figures over the tokens of all reports (one or more), from those over the tokens of each."""
+    tokens = [report.tokens for report in reports]
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(count * value for count, value in zip(tokens, values, strict=True)) / sum(tokens)
+
+    ratio = mean(r.ratio_mean for r in reports)
+    squares = mean(_over(r.ratio_mean * r.ratio_mean, r.effective_samples) for r in reports)
+    advantage = mean(r.advantage_mean for r in reports)
+    return PolicyReport(
+        tokens=sum(tokens),
+        mismatch_kl=mean(r.mismatch_kl for r in reports),
+        logp_difference=mean(r.logp_difference for r in reports),
+        logp_difference_max=max(r.logp_difference_max for r in reports),
+        ratio_mean=ratio,
+        effective_samples=_over(ratio * ratio, squares),
+        masked_fraction=mean(r.masked_fraction for r in reports),
+        entropy=mean(r.entropy for r in reports),
+        advantage_mean=advantage,
+        advantage_variance=mean(r.advantage_variance + (r.advantage_mean - advantage) ** 2 for r in reports),
+    )
+
+
+def _over(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan

@@ -8,28 +8,34 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import orjson
+import safetensors.torch
 import structlog
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from learner.trainer.model import Policy
-from learner.trainer.publish import parameters_digest
+from learner.trainer.publish import to_tensor
+from learner.trainer.ranks import ALONE, Ranks
+from learner.trainer.sharding import Whole, load
+from learner.trainer.tensor_file import TensorFile, write_tensors
 from matpo.adapters import CONFIG_FILE, TENSOR_FILE, peft_config, read_adapter
 from matpo.errors import UserError
 from matpo.model_files import TOKENIZER_FILES
 from protocols.records import Record
-from protocols.weights import file_digest
+from protocols.weights import combined_digest, file_digest, tensor_identity
 
 MODEL: Final = "model.safetensors"
 OPTIMIZER: Final = "optimizer.safetensors"
 MANIFEST: Final = "manifest.json"
+RNG: Final = "rng"
 
 log = structlog.get_logger()
 
@@ -52,22 +58,41 @@ class _Manifest(Record):
     """xxh3-128 of each file."""
 
 
+class _Outline(Record):
+    """What the first rank tells the others of the checkpoint that is loaded."""
+
+    state: TrainerState
+    moments: tuple[str, ...]
+    """Tensors of the optimizer as large as their parameter."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
-    """The checkpoint folders of one run."""
+    """The checkpoint folders of one run. Only the first rank reads and writes them, so the number of ranks may change.
+
+    Saving and restoring are collective, tensor by tensor: no rank ever holds two whole ones.
+    """
 
     folder: Path
     keep: int
+    ranks: Ranks = ALONE
 
-    def save(self, policy: Policy, optimizer: torch.optim.Optimizer, *, step: int, lineage: int, model: Path) -> Path:
+    def save(self, policy: Policy, optimizer: torch.optim.Optimizer, *, step: int, lineage: int, model: Path) -> None:
         """Write `step-<step>` and remove all but the newest `keep`; the tokenizer is copied from the folder `model`."""
+        weights, moments = Whole(policy.parameters), Whole(_optimizer_tensors(policy, optimizer))
+        if not self.ranks.first:
+            weights.help()
+            moments.help()
+            return
         final = self.folder / f"step-{step:06d}"
         draft = self.folder / f".{final.name}.{os.getpid()}"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        parameters = {name: p.detach().cpu().contiguous() for name, p in policy.parameters.items()}
-        save_file(parameters, draft / _file_of(policy), metadata={"format": "pt"})
-        save_file(_optimizer_tensors(policy, optimizer), draft / OPTIMIZER)
+        digest = combined_digest(
+            tensor_identity(name, to_tensor(value, "float32"))
+            for name, value in write_tensors(draft / _file_of(policy), weights)
+        )
+        deque(write_tensors(draft / OPTIMIZER, moments), maxlen=0)
         if policy.adapter is None:
             policy.model.config.save_pretrained(draft)
         else:
@@ -75,7 +100,7 @@ class Checkpoints:
         for name in TOKENIZER_FILES:
             if (model / name).is_file():
                 shutil.copyfile(model / name, draft / name)
-        state = TrainerState(step=step, lineage=lineage, weights=parameters_digest(policy.parameters, "float32"))
+        state = TrainerState(step=step, lineage=lineage, weights=digest)
         files = {path.name: file_digest(path) for path in sorted(draft.iterdir())}
         manifest = _Manifest(state=state, files=files)
         (draft / MANIFEST).write_bytes(orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
@@ -86,7 +111,6 @@ class Checkpoints:
         _flush(self.folder)
         for old in self._newest_first()[self.keep :]:
             shutil.rmtree(old)
-        return final
 
     def newest(self) -> TrainerState | None:
         """State of the newest sound checkpoint, without loading it."""
@@ -106,20 +130,38 @@ class Checkpoints:
 
         A damaged one is logged and the one before (or after) it taken.
         """
+        with ExitStack() as files:
+            found = self._open(policy, files, oldest=oldest) if self.ranks.first else None
+            told = self.ranks.share(None if not self.ranks.first else [] if found is None else found.told())
+            if not told:
+                return None
+            outline = _Outline.model_validate_json(bytes(told[0]))
+            for name in sorted(policy.parameters):
+                load(policy.parameters[name], name, None if found is None else found.weights.read)
+            optimizer.state.clear()
+            for full in outline.moments:
+                parameter, key = _owner(policy, full)
+                optimizer.state[parameter][key] = moment = torch.zeros_like(parameter.detach())
+                load(moment, full, None if found is None else found.optimizer.read)
+        small = safetensors.torch.load(bytes(told[1]))
+        torch.set_rng_state(small.pop(RNG))
+        for full, value in small.items():
+            parameter, key = _owner(policy, full)
+            # AdamW counts steps on the host unless fused on a GPU, where it follows the parameter.
+            optimizer.state[parameter][key] = value.to(parameter.device)
+        return outline.state
+
+    def _open(self, policy: Policy, files: ExitStack, *, oldest: bool) -> _Found | None:
+        """The checkpoint to restore, on the rank that reads it."""
         for path in reversed(self._newest_first()) if oldest else self._newest_first():
             manifest = _check(path)
             if manifest is None:
                 continue
             _require_same_kind(path, policy)
-            weights = load_file(path / _file_of(policy))
-            if weights.keys() != policy.parameters.keys():
-                log.warning("checkpoint of another model ignored", checkpoint=str(path))
-                continue
-            with torch.no_grad():
-                for name, parameter in policy.parameters.items():
-                    parameter.copy_(weights[name])
-            _restore_optimizer(policy, optimizer, load_file(path / OPTIMIZER))
-            return manifest.state
+            weights = files.enter_context(TensorFile.open(path / _file_of(policy)))
+            if set(weights.names) == policy.parameters.keys():
+                return _Found(manifest.state, weights, files.enter_context(TensorFile.open(path / OPTIMIZER)))
+            log.warning("checkpoint of another model ignored", checkpoint=str(path))
         return None
 
     def _newest_first(self) -> list[Path]:
@@ -156,23 +198,38 @@ def _check(path: Path) -> _Manifest | None:
     return manifest
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A checkpoint whose files are open."""
+
+    state: TrainerState
+    weights: TensorFile
+    optimizer: TensorFile
+
+    def told(self) -> list[bytes]:
+        """What every rank must know: the outline, and the tensors too small to be spread."""
+        small = {name: self.optimizer.read(name) for name in self.optimizer.names if _is_small(name)}
+        large = tuple(name for name in self.optimizer.names if name not in small)
+        return [_Outline(state=self.state, moments=large).model_dump_json().encode(), safetensors.torch.save(small)]
+
+
+def _is_small(name: str) -> bool:
+    return name == RNG or name.startswith("step.")
+
+
 def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Optimizer state and random state as named tensors."""
-    tensors = {"rng": torch.get_rng_state()}
+    tensors = {RNG: torch.get_rng_state()}
     for name, parameter in policy.parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
+            tensors[f"{key}.{name}"] = value
     return tensors
 
 
-def _restore_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(tensors.pop("rng"))
-    optimizer.state.clear()
-    for full, value in tensors.items():
-        key, name = full.split(".", 1)
-        parameter = policy.parameters[name]
-        # AdamW counts steps on the host unless fused on a GPU, where it follows the parameter.
-        optimizer.state[parameter][key] = value.to(parameter.device)
+def _owner(policy: Policy, full: str) -> tuple[torch.nn.Parameter, str]:
+    """The parameter that a tensor of the optimizer belongs to, and what it is to it."""
+    key, name = full.split(".", 1)
+    return policy.parameters[name], key
 
 
 def _flush(path: Path) -> None:

@@ -38,6 +38,12 @@ class Head:
     dtype: torch.dtype
     """Of the matrix products."""
 
+    @classmethod
+    def of(cls, projection: torch.nn.Linear, dtype: torch.dtype) -> Head:
+        """The parameters a module holds now."""
+        weight, bias = projection.weight, projection.bias
+        return cls(weight, bias, dtype)  # type: ignore[arg-type]  # Linear declares Tensor, holds Parameters
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:

@@ -75,24 +75,23 @@ class Hub:
             raise Refused(f"the hub answered the trainer's hello with {answer.kind}")
         return answer.lineage
 
-    def batch(self, step: int, *, settled: int) -> tuple[Batch, tuple[memoryview, ...]] | None:
-        """Wait for the groups of `step`; None when the trainer was told to stop meanwhile.
+    def poll(self, step: int, *, settled: int) -> tuple[Batch, tuple[memoryview, ...]] | None:
+        """Ask for the groups of `step`; None when the hub has not enough of them yet.
 
         `settled`: no checkpoint of an earlier step is kept.
         """
         self._pulse.rest()
-        while not self._stopping.is_set():
-            asked = time.monotonic()
-            answer, frames = self._ask(BatchRequest(step=step, settled=settled), f"the batch of step {step}")
-            match answer:
-                case Batch():
-                    self._pulse.enter("step", step)
-                    return answer, frames
-                case NotYet():
-                    self._stopping.wait(max(0.0, PAUSE_S - (time.monotonic() - asked)))
-                case _:
-                    raise Refused(f"the hub answered a batch request with {answer.kind}")
-        return None
+        asked = time.monotonic()
+        answer, frames = self._ask(BatchRequest(step=step, settled=settled), f"the batch of step {step}")
+        match answer:
+            case Batch():
+                self._pulse.enter("step", step)
+                return answer, frames
+            case NotYet():
+                self._stopping.wait(max(0.0, PAUSE_S - (time.monotonic() - asked)))
+                return None
+            case _:
+                raise Refused(f"the hub answered a batch request with {answer.kind}")
 
     def done(self, step: int, taken: StepInput) -> None:
         """Have the ledger record the step."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from learner.trainer.attention.choice import choose_attention
@@ -20,7 +20,9 @@ from learner.trainer.attention.plan import AttentionPlan, plan_attention
 from learner.trainer.costs import ModelShape
 from learner.trainer.head import Head
 from learner.trainer.lora import Adapter
+from learner.trainer.ranks import ALONE, Ranks
 from learner.trainer.recompute import Recompute, saved_bytes
+from learner.trainer.sharding import shard
 from learner.trainer.trie import build_trie
 from matpo.attention_config import Attention
 from matpo.config import Learner, Lora
@@ -62,30 +64,55 @@ class Policy:
         return self.parameters if self.adapter is None else self.adapter.published
 
     @classmethod
-    def load(cls, folder: Path, learner: Learner, lora: Lora | None = None, *, seed: int = 0) -> Policy:
-        """Read a Hugging Face folder. Raises `UserError` for one that cannot be read or cannot run over a trie."""
+    def load(
+        cls,
+        folder: Path,
+        learner: Learner,
+        lora: Lora | None = None,
+        *,
+        seed: int = 0,
+        frozen: bool = False,
+        ranks: Ranks = ALONE,
+    ) -> Policy:
+        """Read a Hugging Face folder, on the first rank; the others get their part of the weights from it.
+
+        Raises `UserError` for one that cannot be read or cannot run over a trie.
+        """
         register()
         disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it bare
         try:
-            # Files are data: neither pickled weights nor the folder's own code is run.
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
-            )
+            if ranks.first:
+                # Files are data: neither pickled weights nor the folder's own code is run.
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+                )
+            else:
+                model = without_weights(folder)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"model {str(folder)!r} cannot be loaded: {str(error).splitlines()[0]};"
                 " give the folder of a Hugging Face causal model"
             ) from error
-        return cls.of(model, learner, lora, seed=seed)
+        return cls.of(model, learner, lora, seed=seed, frozen=frozen, ranks=ranks)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, learner: Learner, lora: Lora | None = None, *, seed: int = 0) -> Policy:
+    def of(
+        cls,
+        model: PreTrainedModel,
+        learner: Learner,
+        lora: Lora | None = None,
+        *,
+        seed: int = 0,
+        frozen: bool = False,
+        ranks: Ranks = ALONE,
+    ) -> Policy:
         """Prepare a model already in memory; its weights become the float32 master weights.
 
-        With `lora` they are frozen, and the adapter, drawn from `seed`, is trained instead.
+        With `lora` they are frozen, and the adapter, drawn from `seed`, is trained instead; `frozen` trains nothing.
+        The first of several ranks looks at the model in host memory; then each takes its part of it to its device.
         """
         register()
-        device = torch.device(learner.device)
+        device = torch.device(learner.device) if ranks.count == 1 else model.device
         # Dropout would make π depend on the draw; evaluation mode switches it off and keeps gradients.
         torch.nn.Module.to(model, device=device, dtype=torch.float32)
         torch.nn.Module.train(model, False)
@@ -94,11 +121,12 @@ class Policy:
             raise UserError(f"model {type(model).__name__} has no linear output projection; it cannot be trained")
         adapter = None if lora is None else Adapter.attach(model, lora, seed=seed)
         dtype = torch.bfloat16 if learner.dtype == "bfloat16" else torch.float32
-        weight, bias = projection.weight, projection.bias
+        if frozen:
+            model.requires_grad_(False)
         policy = cls(
             model=model,
             body=model.base_model,
-            head=Head(weight, bias, dtype),  # type: ignore[arg-type]  # Linear declares Tensor, holds Parameters
+            head=Head.of(projection, dtype),
             parameters=dict(model.named_parameters()) if adapter is None else adapter.parameters,
             adapter=adapter,
             attention=choose_attention(learner),
@@ -107,12 +135,24 @@ class Policy:
             shape=shape_of(model, projection),
             recompute=Recompute.of(model.base_model, learner.gradient_checkpointing, device),
         )
-        policy._probe()
-        if adapter is not None:
+        if ranks.first:
+            policy._probe()
+        if adapter is not None or frozen:
             narrow_frozen(model, dtype)
-        if learner.gradient_checkpointing == "auto":
+        if learner.gradient_checkpointing == "auto" and ranks.first:
             policy._measure()
-        return policy
+        return policy if ranks.count == 1 else policy._spread(projection, ranks)
+
+    def _spread(self, projection: torch.nn.Linear, ranks: Ranks) -> Policy:
+        """This policy with a part of every parameter on each rank's device."""
+        self.model.set_attn_implementation(ATTENTION)
+        shard(self.model, ranks=ranks, dtype=self.dtype)
+        self.recompute.device = ranks.device
+        self.recompute.bytes_per_token = int(ranks.most([self.recompute.bytes_per_token])[0])
+        adapter = None if self.adapter is None else Adapter.of(self.model, self.adapter.lora)
+        parameters = dict(self.model.named_parameters()) if adapter is None else adapter.parameters
+        head = Head.of(projection, self.dtype)
+        return replace(self, head=head, parameters=parameters, adapter=adapter, device=ranks.device)
 
     def hidden(self, tokens_N: Tensor, positions_N: Tensor, plan: AttentionPlan, *, recompute: bool = False) -> Tensor:
         """Last hidden states [N, E] of a trie's tokens; with `recompute` the backward pass computes layers again."""
@@ -181,6 +221,14 @@ class Policy:
                 f"model {name} cannot share prefixes: its hidden states then differ by {difference:.2g} (relative), as"
                 f" those of anything but causal softmax attention do; {PACKED_REMEDY}"
             )
+
+
+def without_weights(folder: Path) -> PreTrainedModel:
+    """The model of a Hugging Face folder on the `meta` device."""
+    shape = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)  # type: ignore[no-untyped-call]  # left bare
+    return model
 
 
 def narrow_frozen(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -34,15 +34,16 @@ Parameters = Mapping[str, torch.Tensor]
 
 def to_weights(parameters: Parameters, dtype: WeightDtype) -> dict[str, Tensor]:
     """Copy parameters to host memory as named tensors of `dtype`, rounded to nearest even."""
-    return {name: _to_tensor(parameter, dtype) for name, parameter in parameters.items()}
+    return {name: to_tensor(parameter, dtype) for name, parameter in parameters.items()}
 
 
 def parameters_digest(parameters: Parameters, dtype: WeightDtype) -> str:
     """`weights_digest` of what `to_weights` gives, with one tensor of it in memory at a time."""
-    return combined_digest(tensor_identity(name, _to_tensor(value, dtype)) for name, value in parameters.items())
+    return combined_digest(tensor_identity(name, to_tensor(value, dtype)) for name, value in parameters.items())
 
 
-def _to_tensor(parameter: torch.Tensor, dtype: WeightDtype) -> Tensor:
+def to_tensor(parameter: torch.Tensor, dtype: WeightDtype) -> Tensor:
+    """A copy in host memory, rounded to nearest even."""
     return Tensor(dtype, _rounded(parameter.detach().reshape(-1), dtype).reshape(parameter.shape))
 
 

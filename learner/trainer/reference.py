@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from learner.trainer.head import score
-from learner.trainer.model import Policy, narrow_frozen
+from learner.trainer.model import Policy
 from learner.trainer.pack import MicroBatch
+from learner.trainer.ranks import ALONE, Ranks
+from learner.trainer.sharding import whole_head
 from matpo.config import Config
 from matpo.errors import UserError
 from matpo.model_files import model_folder
@@ -19,7 +21,7 @@ Reference = Callable[[MicroBatch], Tensor]
 """A micro-batch → log-probability of each of its sampled tokens under the reference, float32 of shape T."""
 
 
-def load_reference(config: Config, policy: Policy) -> Reference | None:
+def load_reference(config: Config, policy: Policy, ranks: Ranks = ALONE) -> Reference | None:
     """What the objective's `reference_kl` is measured against; None if it has no such term.
 
     The base of an adapter is in memory already. Another reference holds its matrices in the compute type, so that an
@@ -36,18 +38,18 @@ def load_reference(config: Config, policy: Policy) -> Reference | None:
                 return _scores(policy, batch)
 
         return base
-    frozen = Policy.load(objective.reference or model_folder(config.model), config.learner)
+    folder = objective.reference or model_folder(config.model)
+    frozen = Policy.load(folder, config.learner, frozen=True, ranks=ranks)
     if frozen.vocabulary != policy.vocabulary:
         raise UserError(
             f"learner.objective.reference {str(objective.reference)!r} has {frozen.vocabulary} tokens, the trained"
             f" model {policy.vocabulary}; give a model with the same tokenizer"
         )
-    frozen.model.requires_grad_(False)
-    narrow_frozen(frozen.model, frozen.dtype)
     return partial(_scores, frozen)
 
 
 def _scores(model: Policy, batch: MicroBatch) -> Tensor:
     with torch.no_grad():
         hidden_NE = model.hidden(batch.tokens_N, batch.positions_N, batch.plan)
-    return score(model.head, hidden_NE, batch).logp_T
+    with whole_head(model.head) as head:
+        return score(head, hidden_NE, batch).logp_T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from learner.trainer.costs import Work
 from learner.trainer.model import Policy
 from learner.trainer.pack import MicroBatch
-from matpo.objective import PolicyReport, policy_report, reference_kl
+from matpo.objective import PolicyReport, merged_policy, policy_report, reference_kl
 from protocols.records import Record
 
 
@@ -62,6 +63,32 @@ class StepReport(WorkReport):
     reference_kl: float | None
     """Mean k3 estimate of KL(π‖reference) in nats per sampled token, where the objective has that term."""
     roles: dict[str, PolicyReport]
+
+    def to_json(self) -> bytes:
+        """For another rank; unlike pydantic's own it keeps figures that are not finite."""
+        return json.dumps(self.model_dump()).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> StepReport:
+        """What `to_json` gave."""
+        return cls.model_validate(json.loads(content))
+
+
+def merged(reports: Sequence[StepReport]) -> StepReport:
+    """The report of a step from those of its ranks, each of its own micro-batches."""
+    if len(reports) == 1:
+        return reports[0]
+    figures = [report.model_dump(exclude={"reference_kl", "roles"}) for report in reports]
+    summed = {"loss", "recomputed_micro_batches", *WorkReport.model_fields}
+    # The others are the same on all ranks, or the slowest and the fullest rank counts.
+    whole = {name: (sum if name in summed else max)(one[name] for one in figures) for name in figures[0]}
+    apart = [(r.reference_kl, r.sampled_tokens) for r in reports if r.reference_kl is not None and r.sampled_tokens]
+    roles = sorted({role for report in reports for role in report.roles})
+    return StepReport(
+        **whole,
+        reference_kl=sum(kl * n for kl, n in apart) / sum(n for _, n in apart) if apart else None,
+        roles={role: merged_policy([r.roles[role] for r in reports if role in r.roles]) for role in roles},
+    )
 
 
 @dataclass(slots=True)

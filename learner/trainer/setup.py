@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from learner.trainer.model import Policy
+from learner.trainer.ranks import ALONE, Ranks
 from learner.trainer.reference import Reference, load_reference
 from learner.trainer.step import make_optimizer
 from matpo.config import Config
@@ -24,12 +25,13 @@ class Training:
     reference: Reference | None
 
     @classmethod
-    def start(cls, config: Config) -> Training:
+    def start(cls, config: Config, ranks: Ranks = ALONE) -> Training:
         """Load the configured model. The same config gives the same weights, bit for bit, on one kind of machine."""
         make_deterministic(threads=config.learner.threads, seed=config.run.seed)
         _check_device(config.learner.device)
-        policy = Policy.load(model_folder(config.model), config.learner, config.model.lora, seed=config.run.seed)
-        return cls(policy, make_optimizer(policy, config.learner), load_reference(config, policy))
+        folder, lora = model_folder(config.model), config.model.lora
+        policy = Policy.load(folder, config.learner, lora, seed=config.run.seed, ranks=ranks)
+        return cls(policy, make_optimizer(policy, config.learner), load_reference(config, policy, ranks))
 
 
 def make_deterministic(*, threads: int, seed: int) -> None:

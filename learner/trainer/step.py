@@ -15,6 +15,7 @@ from learner.trainer.model import Policy
 from learner.trainer.pack import MicroBatch
 from learner.trainer.reference import Reference
 from learner.trainer.report import Pass, StepReport, mean_reference_kl, role_reports, work_report
+from learner.trainer.sharding import whole_head
 from matpo.config import Learner, Objective
 from matpo.objective import needs_old_policy, token_loss
 
@@ -66,7 +67,8 @@ def accumulate(
         recompute = policy.recompute.needed(batch.computed.tokens)
         hidden_NE = policy.hidden(batch.tokens_N, batch.positions_N, batch.plan, recompute=recompute)
         middle = time.perf_counter()
-        scores, hidden_grad_NE = score_and_backward(policy.head, hidden_NE, batch, loss)
+        with whole_head(policy.head) as head:
+            scores, hidden_grad_NE = score_and_backward(head, hidden_NE, batch, loss)
         torch.autograd.backward(hidden_NE, hidden_grad_NE.to(hidden_NE.dtype))
         done.forward_s += middle - started
         done.backward_s += time.perf_counter() - middle

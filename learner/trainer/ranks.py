@@ -1,0 +1,117 @@
+"""The processes that train one policy together: how they meet, and the little they tell each other beside gradients.
+
+Every exchange is collective: all ranks make the same calls in the same order, and each wait ends after the group's
+deadline, or at once when another rank died. A rank that lost another ends too; whoever started them starts all again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from matpo.config import Learner
+from matpo.errors import UserError
+
+CPU: Final = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among those that train together; one alone says everything to itself."""
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = CPU
+    """Where this rank computes."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank is the one that talks to the hub and writes files."""
+        return self.rank == 0
+
+    def most(self, values: Sequence[float]) -> list[float]:
+        """The largest of each value over all ranks."""
+        together = torch.tensor(values, dtype=torch.float64)
+        if self.count > 1:
+            dist.all_reduce(together, dist.ReduceOp.MAX)
+        return [float(value) for value in together]
+
+    def share(self, parts: Sequence[bytes | memoryview] | None) -> list[memoryview]:
+        """What the first rank gives, on every rank; the others give None."""
+        if self.count == 1:
+            return [memoryview(part) for part in parts or ()]
+        number = torch.tensor([len(parts or ())])
+        dist.broadcast(number, 0)
+        sizes = torch.tensor([len(part) for part in parts or ()] or [0] * int(number), dtype=torch.int64)
+        dist.broadcast(sizes, 0)
+        content = bytearray().join(parts) if parts is not None else bytearray(int(sizes.sum()))
+        if content:
+            dist.broadcast(torch.frombuffer(content, dtype=torch.uint8), 0)
+        ends = np.cumsum([0, *sizes.tolist()]).tolist()
+        whole = memoryview(content)
+        return [whole[start:end] for start, end in pairwise(ends)]
+
+    def gather(self, part: bytes) -> list[bytes]:
+        """What each rank gives, in order of rank, on every rank."""
+        if self.count == 1:
+            return [part]
+        size = int(self.most([len(part)])[0])
+        mine = torch.frombuffer(bytearray(part.ljust(size)), dtype=torch.uint8)
+        everyones = [torch.empty_like(mine) for _ in range(self.count)]
+        dist.all_gather(everyones, mine)
+        return [other.numpy().tobytes().rstrip() for other in everyones]
+
+
+ALONE: Final = Ranks()
+
+
+def rank_name() -> str:
+    """What this rank's log is called: `trainer`, and beyond the first `trainer-1`, `trainer-2`, …"""
+    rank = int(os.environ.get("RANK", "0"))
+    return f"trainer-{rank}" if rank else "trainer"
+
+
+@contextmanager
+def joined(learner: Learner) -> Iterator[Ranks]:
+    """Meet the other ranks, as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say; alone without them.
+
+    `accelerate launch`, `torchrun` and our own supervisor set these. Raises `UserError` where the launcher started
+    another number of ranks than `learner.ranks` names, or this rank has no GPU to itself.
+    """
+    count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if learner.ranks not in (1, count):
+        raise UserError(f"learner.ranks is {learner.ranks}, but {count} ranks were launched; remove learner.ranks")
+    if count == 1:
+        yield Ranks(device=torch.device(learner.device))
+        return
+    device = _device(learner.device, int(os.environ.get("LOCAL_RANK", "0")))
+    # What ranks tell each other lies in host memory; NCCL opens no connection before the first tensor on a GPU.
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=learner.rank_timeout_s))
+    yield Ranks(rank, count, device)
+    dist.destroy_process_group()  # not after an error: it might wait for the rank that is lost
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    if device.index is not None:
+        raise UserError(f"learner.device {name!r} gives all ranks one GPU; set it to {device.type!r}")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {local_rank} of this machine has no GPU ({torch.cuda.device_count()} are visible);"
+            " start as many ranks as there are GPUs"
+        )
+    device = torch.device(device.type, local_rank)
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,240 @@
+"""Two ranks train like one: gradients, steps, reports and checkpoints, in real processes over gloo."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Self
+
+import orjson
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from learner.trainer.checkpoint import MODEL, OPTIMIZER
+from learner.trainer.model import Policy
+from learner.trainer.pack import micro_batch, pack
+from learner.trainer.ranks import ALONE, joined
+from learner.trainer.setup import make_deterministic
+from learner.trainer.step import StepReport, accumulate
+from matpo.config import Learner, Tis
+from matpo.errors import UserError
+from matpo.metrics import read_metrics
+from protocols.weights import read_keyframe
+from tests.learner.trainer import rank_cases
+from tests.learner.trainer.models import Family, tiny_model
+from tests.learner.trainer.rank_cases import Found
+from tests.learner.trainer.runs import JournalHub, ledger, make_run, run_trainer
+from tests.learner.trainer.test_exactness import CPU, random_rows, relative_difference
+
+ANSWER_LIMIT_S = 120.0
+
+
+class Pair:
+    """Two processes that meet as ranks and then do the cases they are told."""
+
+    def __init__(self, *, rank_timeout_s: float) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        self._ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.learner.trainer.rank_cases", str(rank_timeout_s)],
+                env=os.environ | place | {"RANK": str(rank)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            for rank in range(2)
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for rank in self._ranks:
+            rank.kill()
+            rank.communicate()
+
+    def begin(self, case: Callable[..., Found], folder: Path) -> None:
+        for rank in self._ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(f"{case.__name__} {folder}\n".encode())
+            rank.stdin.flush()
+
+    def answer(self, rank: int) -> Found:
+        """What a rank found; fails if it takes too long or ended."""
+        output = self._ranks[rank].stdout
+        assert output is not None
+        deadline = time.monotonic() + ANSWER_LIMIT_S
+        while time.monotonic() < deadline:
+            if select.select([output], [], [], deadline - time.monotonic())[0]:
+                line = output.readline()
+                assert line, f"rank {rank} ended"
+                if line.startswith(b'{"event') or not line.startswith(b"{"):
+                    continue  # a line of its log
+                found: Found = orjson.loads(line)
+                if "timestamp" not in found:
+                    return found
+        raise TimeoutError(f"rank {rank} gave no answer within {ANSWER_LIMIT_S:g} s")
+
+    def do(self, case: Callable[..., Found], folder: Path) -> list[Found]:
+        self.begin(case, folder)
+        return [self.answer(rank) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    with Pair(rank_timeout_s=60) as made:
+        yield made
+
+
+def gradients_of_one(family: Family, *, tied: bool = True) -> tuple[float, dict[str, Tensor]]:
+    policy = Policy.of(tiny_model(family, tied=tied), Learner())
+    done = accumulate(policy, pack(random_rows(12, seed=3), limit_tokens=40, device=CPU), Tis())
+    return done.loss, {name: p.grad for name, p in policy.parameters.items() if p.grad is not None}
+
+
+def test_two_ranks_give_the_gradients_of_one(pair: Pair, tmp_path: Path) -> None:
+    first, second = pair.do(rank_cases.gradients, tmp_path)
+    for number, (family, tied) in enumerate([("qwen3", True), ("llama", False)]):
+        loss, expected = gradients_of_one(family, tied=tied)
+        assert first["losses"][number] + second["losses"][number] == pytest.approx(loss, rel=1e-5)
+        assert relative_difference(load_file(tmp_path / f"{family}.safetensors"), expected) < 1e-5
+    policy = Policy.of(tiny_model("qwen3"), Learner())
+    done = accumulate(policy, [micro_batch(random_rows(5, seed=4), CPU)], Tis())
+    expected = {name: p.grad for name, p in policy.parameters.items() if p.grad is not None}
+    assert first["losses"][2] == pytest.approx(done.loss) and second["losses"][2] == 0.0
+    assert relative_difference(load_file(tmp_path / "uneven.safetensors"), expected) < 1e-5
+
+
+def test_each_rank_keeps_half_of_the_weights(pair: Pair, tmp_path: Path) -> None:
+    found = pair.do(rank_cases.gradients, tmp_path)
+    whole = sum(p.numel() for p in tiny_model("qwen3").parameters())
+    assert sum(one["local"] for one in found) == whole
+    assert abs(found[0]["local"] - whole / 2) < 0.02 * whole
+
+
+def test_bfloat16_on_two_ranks_means_the_same_as_on_one(pair: Pair, tmp_path: Path) -> None:
+    pair.do(rank_cases.gradients, tmp_path)
+    _, exact = gradients_of_one("qwen3")
+    policy = Policy.of(tiny_model("qwen3"), Learner(dtype="bfloat16"))
+    accumulate(policy, pack(random_rows(12, seed=3), limit_tokens=40, device=CPU), Tis())
+    one = {name: p.grad for name, p in policy.parameters.items() if p.grad is not None}
+    two = load_file(tmp_path / "bfloat16.safetensors")
+    assert {grad.dtype for grad in two.values()} == {torch.float32}
+    assert relative_difference(two, exact) < 1.5 * relative_difference(one, exact)
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_both(pair: Pair, tmp_path: Path) -> None:
+    found = pair.do(rank_cases.step_on_an_infinite_advantage_of_one_rank, tmp_path)
+    assert found == [{"updates": 0, "same": True}] * 2
+
+
+def test_the_report_of_two_ranks_is_that_of_one(pair: Pair, tmp_path: Path) -> None:
+    first, second = pair.do(rank_cases.one_step, tmp_path)
+    assert first == second
+    two, one = StepReport.model_validate(first), StepReport.model_validate(rank_cases.one_step(ALONE, tmp_path))
+    assert (two.loss, two.grad_norm) == (pytest.approx(one.loss, rel=1e-5), pytest.approx(one.grad_norm, rel=1e-5))
+    assert (two.updates, two.sampled_tokens, two.tokens) == (one.updates, one.sampled_tokens, one.tokens)
+    for role, figures in one.roles.items():
+        assert two.roles[role].model_dump() == pytest.approx(figures.model_dump(), rel=1e-5, abs=1e-6)
+
+
+def checkpoint(folder: Path, step: int) -> dict[str, Tensor]:
+    path = folder / f"step-{step:06d}"
+    return load_file(path / MODEL) | load_file(path / OPTIMIZER)
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def step_2_of(source: Path, made: Path) -> Path:
+    """Another run that has only the checkpoint of step 2."""
+    shutil.copytree(source / "step-000002", made / "step-000002")
+    return made
+
+
+def test_two_ranks_go_on_from_their_checkpoint_bit_for_bit(pair: Pair, tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    pair.do(rank_cases.save_at_2_and_go_on_to_4, whole)
+    pair.do(rank_cases.resume_at_2, step_2_of(whole, resumed))
+    assert_same(checkpoint(resumed, 4), checkpoint(whole, 4))
+
+
+@pytest.mark.parametrize("saved_by", [1, 2])
+def test_a_checkpoint_does_not_depend_on_the_number_of_ranks(pair: Pair, tmp_path: Path, saved_by: int) -> None:
+    def on(ranks: int, case: Callable[..., Found], folder: Path) -> None:
+        if ranks == 2:
+            pair.do(case, folder)
+        else:
+            make_deterministic(threads=1, seed=0)
+            case(ALONE, folder)
+
+    whole, again, other = (tmp_path / name for name in ("whole", "again", "other"))
+    on(saved_by, rank_cases.save_at_2_and_go_on_to_4, whole)
+    on(3 - saved_by, rank_cases.load_and_save_again, step_2_of(whole, again))
+    assert_same(checkpoint(again, 2), checkpoint(whole, 2))
+    on(3 - saved_by, rank_cases.resume_at_2, step_2_of(whole, other))
+    # Sums over ranks round in another order, and Adam divides by their size: equal to float32's precision, not in bits.
+    one, two = load_file(whole / "step-000004" / MODEL), load_file(other / "step-000004" / MODEL)
+    assert relative_difference(one, two) < 1e-6
+
+
+def test_a_run_on_two_ranks_ends_with_the_weights_ledger_and_publications_of_one(pair: Pair, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one, config = make_run(tmp_path / "one")
+    alone = run_trainer(one, config)
+    two, _ = make_run(tmp_path / "two")
+    with JournalHub(two) as hub:
+        pair.do(rank_cases.run_trainer, two.path)
+    assert list(ledger(two)) == list(ledger(one))
+    assert [item.version for item in hub.published] == [item.version for item in alone.published]
+    assert relative_difference(checkpoint(two.checkpoints, 4), checkpoint(one.checkpoints, 4)) < 1e-4
+    published = read_keyframe(two.weights / hub.published[3].objects[0].name)
+    saved = load_file(two.checkpoints / "step-000004" / MODEL)
+    assert published.keys() == saved.keys()
+    trained = [line for _, line in read_metrics(two.metrics)]
+    assert [(line["step"], line["updates"]) for line in trained] == [(1, 1), (2, 1), (3, 1), (4, 1)]
+
+
+def test_what_one_rank_says_all_hear(pair: Pair, tmp_path: Path) -> None:
+    heard = {"shared": ["ab", "", "c"], "nothing": 0, "gathered": ["xxx", "xxxx"], "most": [1.0, 0.0]}
+    assert pair.do(rank_cases.say, tmp_path) == [heard, heard]
+
+
+def test_a_rank_that_dies_is_noticed_at_once(tmp_path: Path) -> None:
+    with Pair(rank_timeout_s=3600) as pair:
+        pair.begin(rank_cases.die_on_the_second_rank, tmp_path)
+        assert pair.answer(0) == {"error": "RuntimeError"}
+
+
+def test_a_rank_that_stands_still_is_waited_for_until_the_deadline(tmp_path: Path) -> None:
+    with Pair(rank_timeout_s=3) as pair:
+        pair.begin(rank_cases.stand_still_on_the_second_rank, tmp_path)
+        assert pair.answer(0) == {"error": "RuntimeError"}
+
+
+def test_another_number_of_ranks_than_configured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"learner\.ranks is 4, but 2 ranks were launched"), joined(Learner(ranks=4)):
+        pass
+
+
+def test_ranks_cannot_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="gives all ranks one GPU; set it to 'cuda'"), joined(Learner(device="cuda:0")):
+        pass
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(UserError, match="rank 99 of this machine has no GPU"), joined(Learner(device="cuda")):
+        pass
