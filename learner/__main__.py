@@ -1,5 +1,8 @@
 """`matpo-learner`: the hub and the trainer of one run, each started again when it dies, until the run is complete.
 
+Under `accelerate launch` or `torchrun` there is one of it per rank. The first keeps the hub and its own rank of the
+trainer, the others become ranks; when one dies, whoever launched them starts all again.
+
 Exit codes: 0 the run is complete, 2 something to fix, 130 stopped by SIGTERM or SIGINT before that.
 """
 
@@ -13,16 +16,17 @@ from pathlib import Path
 
 import anyio
 
-from learner.supervisor import Supervisor
+from learner.supervisor import TRAINER_FROZEN_S, TRAINER_LEAVE_LIMIT_S, Supervisor
 from matpo.errors import UserError, run_command
 from matpo.folder import RunFolder
-from matpo.keeper import Kept, Patience, always
+from matpo.keeper import MOST_FAILURES, Kept, Patience, always
+from matpo.launched import launched_ranks, own_rank
 from matpo.load import load_config
 from matpo.logs import configure_logs
 from matpo.owner import Owner, add_owned
 
-TRAINER_PATIENCE = Patience(frozen_s=120.0)
-"""A trainer is silent only while no thread of it runs; loading a large model may stop them for a while."""
+LAUNCHED_LEAVE_LIMIT_S = 20.0
+"""For a rank to finish its step and save; the launchers kill everything after 30 s."""
 
 
 def main() -> None:
@@ -39,15 +43,19 @@ def run(arguments: Sequence[str]) -> int:
     add_owned(parser)
     options = parser.parse_intermixed_args(arguments)
     folder = prepare(options.config, options.override, options.run)
+    if own_rank() > 0:
+        os.execv(sys.executable, (sys.executable, "-m", "learner.trainer", "--run", str(folder.path)))
     configure_logs(folder.log("learner"), "learner")
     sys.stderr.write(f"run folder {folder.path}\n")
     owner = Owner.at_standard_input(owned=options.owned)
-    return anyio.run(supervisor(folder, owner).run)
+    made = supervisor(folder, owner, ranks=load_config(folder.config).learner.ranks)
+    return anyio.run(made.run)
 
 
-def supervisor(folder: RunFolder, owner: Owner) -> Supervisor:
-    """Hub and trainer of a run."""
+def supervisor(folder: RunFolder, owner: Owner, *, ranks: int) -> Supervisor:
+    """Hub and trainer of a run; the trainer has so many `ranks` on this machine, unless they were launched already."""
     logs, place = folder.path / "logs", ("--run", str(folder.path))
+    launched = launched_ranks() > 1
     hub = Kept(
         "hub",
         always(sys.executable, "-m", "learner.hub", *place),
@@ -56,26 +64,33 @@ def supervisor(folder: RunFolder, owner: Owner) -> Supervisor:
     )
     trainer = Kept(
         "trainer",
-        always(sys.executable, "-m", "learner.trainer", *place),
+        always(sys.executable, "-m", "learner.trainer" if ranks == 1 or launched else "learner.launch", *place),
         output=logs / "trainer.out",
         environment=os.environ,
-        patience=TRAINER_PATIENCE,
+        patience=Patience(frozen_s=TRAINER_FROZEN_S, most_failures=1 if launched else MOST_FAILURES),
         outlived_by=[hub],
     )
-    return Supervisor(hub=hub, trainer=trainer, owner=owner)
+    limit_s = LAUNCHED_LEAVE_LIMIT_S if launched else TRAINER_LEAVE_LIMIT_S
+    return Supervisor(hub=hub, trainer=trainer, owner=owner, trainer_leave_limit_s=limit_s)
 
 
 def prepare(config: Path | None, overrides: Sequence[str], run: Path | None) -> RunFolder:
     """The run's folder: an existing one keeps its settings, a new one gets those of `config`."""
     if run is not None and (run / "config.json").is_file():
-        if overrides:
-            raise UserError("--run of an existing run takes no overrides: a run keeps the settings it started with")
         folder = RunFolder.existing(run)
-        folder.require_free()
+        if overrides and (config is None or load_config(config, overrides) != load_config(folder.config)):
+            raise UserError(
+                f"--run {str(run)!r} is an existing run, which keeps the settings it started with; leave the overrides"
+                " away, or start a new run"
+            )
+        if own_rank() == 0:  # the others join the run that the first one started
+            folder.require_free()
         return folder
     if config is None:
         raise UserError("give a config file, for example configs/quickstart.toml, or --run with a run's folder")
     settings = load_config(config, overrides)
+    if run is None and launched_ranks() > 1:
+        raise UserError("give --run with a folder to all ranks, for example --run runs/first: they share one run")
     if run is None:
         return RunFolder.create(settings)
     folder = RunFolder(run)

@@ -17,6 +17,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 TRAINER_LEAVE_LIMIT_S: Final = 60.0
 """Seconds for the trainer to finish its step and save after SIGTERM; then it is killed."""
+TRAINER_FROZEN_S: Final = 120.0
+"""A trainer is silent only while no thread of it runs; loading a large model may stop them for a while."""
 HUB_LEAVE_LIMIT_S: Final = 15.0
 INTERRUPTED: Final = 130
 

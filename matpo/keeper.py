@@ -42,6 +42,8 @@ class Patience:
 
     pauses_s: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
     """Before the first, second, … restart in a row."""
+    most_failures: int = MOST_FAILURES
+    """In a row; then it is given up."""
     silent_s: float = 15.0
     """Without a beat; then it is named."""
     frozen_s: float = 45.0
@@ -100,12 +102,16 @@ class Kept:
             if code == USER_ERROR:
                 raise UserError(f"{self.name} could not go on: {self.last_words()}")
             failures = 1 if time.monotonic() - began > HEALTHY_S else failures + 1
-            if failures >= MOST_FAILURES:
+            if failures >= self._patience.most_failures:
                 raise UserError(f"{self.name} died {failures} times in a row: {self.last_words()}; see {self._output}")
             pause_s = self._patience.pauses_s[min(failures, len(self._patience.pauses_s)) - 1]
             log.warning("restarting", child=self.name, code=code, failures=failures, pause_s=pause_s)
             with anyio.move_on_after(pause_s):
                 await stopping.wait()
+
+    async def once(self, stopping: anyio.Event) -> int:
+        """Start it and wait for its end, whatever that is; returns the exit code."""
+        return await self._once(await self._command(), stopping)
 
     async def wait(self) -> None:
         """Until the process of now has ended."""

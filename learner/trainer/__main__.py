@@ -1,4 +1,5 @@
-"""The trainer: asks the hub for groups, takes steps on them, publishes weights, and can be killed at any moment."""
+"""The trainer, one process or several ranks: asks the hub for groups, takes steps on them, publishes weights; it can be
+killed at any moment."""
 
 from __future__ import annotations
 
@@ -14,20 +15,21 @@ from types import FrameType
 import structlog
 
 from learner.trainer.checkpoint import Checkpoints
-from learner.trainer.consumed import ConsumedLog
-from learner.trainer.hub import Hub, NoHub, Refused
-from learner.trainer.intake import IntakeReport, prepare, read_trees
-from learner.trainer.publish import Publisher
-from learner.trainer.report import StepReport
+from learner.trainer.hub import NoHub, Refused
+from learner.trainer.intake import IntakeReport, StepInput, prepare, read_trees
+from learner.trainer.ranks import ALONE, Ranks, joined
+from learner.trainer.report import StepReport, merged
 from learner.trainer.setup import Training
+from learner.trainer.shared_hub import SharedHub
 from learner.trainer.step import train_step
 from matpo.config import Config
 from matpo.errors import run_command
 from matpo.folder import RunFolder
+from matpo.launched import launched_ranks, own_rank, rank_name
 from matpo.load import load_config
 from matpo.logs import configure_logs
 from matpo.metrics import MetricsFile
-from matpo.owner import Owner, add_owned
+from matpo.owner import LEAVE_LIMIT_S, Owner, add_owned
 from protocols.channel import ChannelError
 from protocols.records import version_of
 
@@ -50,66 +52,81 @@ class TrainerMetrics(StepReport, IntakeReport):
     published_bytes: int
 
 
-def train(folder: RunFolder, config: Config, metrics: MetricsFile, stopping: threading.Event) -> None:
+class Stopwatch:
+    """Seconds between one lap and the next, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._at = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """End what `name` is the time of."""
+        began, self._at = self._at, time.monotonic()
+        self.seconds[name] = round(self._at - began, 4)
+
+
+def train(
+    folder: RunFolder, config: Config, metrics: MetricsFile, stopping: threading.Event, ranks: Ranks = ALONE
+) -> None:
     """Resume from the newest checkpoint and train until the last step, or until told to stop between two steps.
 
-    The order inside a step makes every crash harmless: the ledger learns of the step before its weights are published,
-    and a checkpoint is only ever of a step the ledger knows.
+    All ranks run this loop in step; the first one talks to the hub and writes the files. The order inside a step makes
+    every crash harmless: the ledger learns of the step before its weights are published, and a checkpoint is only ever
+    of a step the ledger knows.
     """
-    training = Training.start(config)
+    training = Training.start(config, ranks)
     policy, optimizer, learner = training.policy, training.optimizer, config.learner
-    checkpoints = Checkpoints(folder.checkpoints, learner.keep_checkpoints)
+    checkpoints = Checkpoints(folder.checkpoints, learner.keep_checkpoints, ranks)
     state = checkpoints.restore(policy, optimizer)
-    step = 0 if state is None else state.step
-    publisher = Publisher(
-        folder.weights,
-        dtype=learner.publish_dtype,
-        keyframe_every=config.hub.keyframe_every_steps,
-        threads=learner.threads,
-    )
-    with Hub(folder, stopping) as hub, ConsumedLog(folder.consumed) as consumed:
+    saved = None if state is None else state.step
+    step = saved or 0
+    with SharedHub.open(folder, config, ranks, stopping) as hub:
         lineage = hub.hello(step=step, config_digest=config.shared_digest)
-        consumed.start(lineage, step)
-        hub.publish(publisher.publish(policy.published, version=version_of(lineage=lineage, step=step)))
-        log.info("trainer ready", step=step, lineage=lineage, resumed=state is not None)
+        hub.publish(policy.published, version=version_of(lineage=lineage, step=step))
+        log.info("trainer ready", step=step, lineage=lineage, resumed=state is not None, ranks=ranks.count)
         while step < config.run.steps:
-            clock = [time.monotonic()]
+            watch = Stopwatch()
             answer = hub.batch(step + 1, settled=min(step, checkpoints.oldest_step()))
             if answer is None:
                 break
-            clock.append(time.monotonic())
+            watch.lap("wait_s")
             current = version_of(lineage=lineage, step=step)
-            taken = prepare(read_trees(*answer), config, current=current, shape=policy.shape, device=policy.device)
-            clock.append(time.monotonic())
-            step += 1
-            report = train_step(
-                policy,
-                optimizer,
-                taken.micro_batches,
-                learner,
-                step=step,
-                steps=config.run.steps,
-                reference=training.reference,
+            taken = prepare(
+                read_trees(*answer), config, current=current, shape=policy.shape, device=policy.device, ranks=ranks
             )
-            clock.append(time.monotonic())
-            consumed.step(lineage, step, taken, answer[1])
-            hub.done(step, taken)
-            published = publisher.publish(policy.published, version=version_of(lineage=lineage, step=step))
-            hub.publish(published)
-            clock.append(time.monotonic())
-            if step % learner.checkpoint_every_steps == 0 or step == config.run.steps or stopping.is_set():
+            watch.lap("intake_s")
+            step += 1
+            report = shared_step(training, taken, config, step, ranks)
+            watch.lap("step_s")
+            hub.done(lineage, step, taken, answer[1])
+            version = version_of(lineage=lineage, step=step)
+            size = hub.publish(policy.published, version=version)
+            watch.lap("publish_s")
+            if step % learner.checkpoint_every_steps == 0 or step == config.run.steps:
                 checkpoints.save(policy, optimizer, step=step, lineage=lineage, model=config.model.path)
-            clock.append(time.monotonic())
-            names = ("wait_s", "intake_s", "step_s", "publish_s", "checkpoint_s")
-            seconds = {name: round(end - start, 4) for name, start, end in zip(names, clock, clock[1:], strict=False)}
-            size = sum(item.size_bytes for item in published.objects)
-            line = {**taken.report.model_dump(), **report.model_dump(), **seconds}
-            metrics.append("trainer", TrainerMetrics(**line, version=published.version, published_bytes=size))
+                saved = step
+            watch.lap("checkpoint_s")
+            if ranks.first:
+                line = {**taken.report.model_dump(), **report.model_dump(), **watch.seconds}
+                metrics.append("trainer", TrainerMetrics(**line, version=version, published_bytes=size))
             log.info("step", step=step, loss=report.loss, grad_norm=report.grad_norm, reward=taken.report.reward_mean)
-        newest = checkpoints.newest()
-        if newest is None or newest.step != step:
+        if saved != step:
             checkpoints.save(policy, optimizer, step=step, lineage=lineage, model=config.model.path)
     log.info("trainer done", step=step, stopped=stopping.is_set())
+
+
+def shared_step(training: Training, taken: StepInput, config: Config, step: int, ranks: Ranks) -> StepReport:
+    """Take a step on this rank's micro-batches; the report is that of all ranks."""
+    mine = train_step(
+        training.policy,
+        training.optimizer,
+        taken.micro_batches,
+        config.learner,
+        step=step,
+        steps=config.run.steps,
+        reference=training.reference,
+    )
+    return merged([StepReport.from_json(part) for part in ranks.gather(mine.to_json())])
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -119,16 +136,20 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="folder of the run")
     add_owned(parser)
     options = parser.parse_args(arguments)
-    owner = Owner.at_standard_input(owned=options.owned)
+    # A rank without its launcher ends at once: only all ranks together can end in order.
+    leave_limit_s = LEAVE_LIMIT_S if launched_ranks() == 1 else 0.0
+    owner = Owner.at_standard_input(owned=options.owned, leave_limit_s=leave_limit_s)
     folder = RunFolder.existing(options.run)
     config = load_config(folder.config)
-    configure_logs(folder.log("trainer"), "trainer")
+    name = rank_name(own_rank())
+    configure_logs(folder.log(name), name)
     stopping = threading.Event()
     stop_on_signals(stopping)
     owner.beat_from_a_thread()
     metrics = MetricsFile(folder.metrics)
     try:
-        train(folder, config, metrics, stopping)
+        with joined(config.learner) as ranks:
+            train(folder, config, metrics, stopping, ranks)
     except (ChannelError, NoHub, Refused, OSError) as error:
         log.error("trainer gives up", reason=str(error))
         sys.stderr.write(f"error: {error}\n")

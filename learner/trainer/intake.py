@@ -10,6 +10,7 @@ import torch
 from learner.trainer.costs import ModelShape
 from learner.trainer.pack import MicroBatch, pack
 from learner.trainer.plan import Sample
+from learner.trainer.ranks import ALONE, Ranks
 from matpo.config import Config
 from matpo.credit.chosen import TreeAdvantages, advantages
 from matpo.freshness import distance
@@ -88,8 +89,7 @@ def prepare(
     current: int,
     shape: ModelShape,
     device: torch.device,
-    ranks: int = 1,
-    rank: int = 0,
+    ranks: Ranks = ALONE,
 ) -> StepInput:
     """Credit, weigh and pack the trees of one step; `current` is the version about to be trained.
 
@@ -116,8 +116,8 @@ def prepare(
             limit_tokens=config.learner.micro_batch_tokens,
             device=device,
             shape=shape,
-            ranks=ranks,
-            rank=rank,
+            ranks=ranks.count,
+            rank=ranks.rank,
         ),
         samples=tuple(samples),
         trained=tuple(tree.tree_id for tree in ordered if tree.tree_id not in filtered),

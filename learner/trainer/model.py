@@ -145,7 +145,10 @@ class Policy:
 
     def _spread(self, projection: torch.nn.Linear, ranks: Ranks) -> Policy:
         """This policy with a part of every parameter on each rank's device."""
-        self.model.set_attn_implementation(ATTENTION)
+        if self.attention == "packed":
+            # Ranks gather parameters together, so each must run the model as often as the others.
+            raise UserError('learner.attention = "packed" trains on one rank only; set learner.ranks = 1')
+        self.model.set_attn_implementation(implementation(self.attention))
         shard(self.model, ranks=ranks, dtype=self.dtype)
         self.recompute.device = ranks.device
         self.recompute.bytes_per_token = int(ranks.most([self.recompute.bytes_per_token])[0])

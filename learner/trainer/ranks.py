@@ -6,7 +6,6 @@ deadline, or at once when another rank died. A rank that lost another ends too; 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 from matpo.config import Learner
 from matpo.errors import UserError
+from matpo.launched import launched_ranks, local_rank, own_rank
 
 CPU: Final = torch.device("cpu")
 
@@ -74,12 +74,6 @@ class Ranks:
 ALONE: Final = Ranks()
 
 
-def rank_name() -> str:
-    """What this rank's log is called: `trainer`, and beyond the first `trainer-1`, `trainer-2`, …"""
-    rank = int(os.environ.get("RANK", "0"))
-    return f"trainer-{rank}" if rank else "trainer"
-
-
 @contextmanager
 def joined(learner: Learner) -> Iterator[Ranks]:
     """Meet the other ranks, as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say; alone without them.
@@ -87,13 +81,16 @@ def joined(learner: Learner) -> Iterator[Ranks]:
     `accelerate launch`, `torchrun` and our own supervisor set these. Raises `UserError` where the launcher started
     another number of ranks than `learner.ranks` names, or this rank has no GPU to itself.
     """
-    count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    count, rank = launched_ranks(), own_rank()
     if learner.ranks not in (1, count):
-        raise UserError(f"learner.ranks is {learner.ranks}, but {count} ranks were launched; remove learner.ranks")
+        raise UserError(
+            f"learner.ranks is {learner.ranks}, but {count} ranks were launched; remove learner.ranks where"
+            " `accelerate launch` or `torchrun` says how many there are"
+        )
     if count == 1:
         yield Ranks(device=torch.device(learner.device))
         return
-    device = _device(learner.device, int(os.environ.get("LOCAL_RANK", "0")))
+    device = _device(learner.device, local_rank())
     # What ranks tell each other lies in host memory; NCCL opens no connection before the first tensor on a GPU.
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=learner.rank_timeout_s))

@@ -7,17 +7,19 @@ stop: nobody waits unheard, and all leave between the same two steps.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from learner.trainer.consumed import ConsumedLog
 from learner.trainer.hub import Hub
 from learner.trainer.intake import StepInput
 from learner.trainer.publish import Publisher
 from learner.trainer.ranks import Ranks
 from learner.trainer.sharding import Whole
+from matpo.config import Config
 from matpo.folder import RunFolder
 from protocols.messages import Batch
 
@@ -35,20 +37,26 @@ class SharedHub:
 
     @classmethod
     @contextmanager
-    def open(
-        cls, folder: RunFolder, publisher: Callable[[], Publisher], ranks: Ranks, stopping: threading.Event
-    ) -> Iterator[SharedHub]:
+    def open(cls, folder: RunFolder, config: Config, ranks: Ranks, stopping: threading.Event) -> Iterator[SharedHub]:
         """Find the hub of a run. Raises `NoHub` on the first rank if none listens within a minute."""
         if not ranks.first:
             yield cls(ranks, stopping, None)
             return
-        made = publisher()
-        with Hub(folder, stopping) as hub:
-            yield cls(ranks, stopping, _First(hub, made))
+        publisher = Publisher(
+            folder.weights,
+            dtype=config.learner.publish_dtype,
+            keyframe_every=config.hub.keyframe_every_steps,
+            threads=config.learner.threads,
+        )
+        with Hub(folder, stopping) as hub, ConsumedLog(folder.consumed) as consumed:
+            yield cls(ranks, stopping, _First(hub, publisher, consumed))
 
     def hello(self, *, step: int, config_digest: str) -> int:
         """Say at which step the trainer is; returns the lineage its versions belong to."""
-        lineage = 0 if self.first is None else self.first.hub.hello(step=step, config_digest=config_digest)
+        lineage = 0
+        if self.first is not None:
+            lineage = self.first.hub.hello(step=step, config_digest=config_digest)
+            self.first.consumed.start(lineage, step)
         return int(self.ranks.most([lineage])[0])
 
     def batch(self, step: int, *, settled: int) -> tuple[Batch, Frames] | None:
@@ -58,17 +66,21 @@ class SharedHub:
         """
         while True:
             # A rank that was told to stop asks nothing more: the hub may be going too.
-            answer = None if self.first is None or self.stopping.is_set() else self.first.hub.poll(step, settled=settled)
+            answer = (
+                None if self.first is None or self.stopping.is_set() else self.first.hub.poll(step, settled=settled)
+            )
             stop, ready = self.ranks.most([self.stopping.is_set(), answer is not None])
             if stop:
+                self.stopping.set()  # on every rank: none of them ends as if the run were complete
                 return None
             if ready:
                 heard = self.ranks.share(None if answer is None else [answer[0].model_dump_json().encode(), *answer[1]])
                 return Batch.model_validate_json(bytes(heard[0])), heard[1:]
 
-    def done(self, step: int, taken: StepInput) -> None:
-        """Have the ledger record the step."""
+    def done(self, lineage: int, step: int, taken: StepInput, frames: Frames) -> None:
+        """Have the ledger record the step; `frames` are its batch as it came."""
         if self.first is not None:
+            self.first.consumed.step(lineage, step, taken, frames)
             self.first.hub.done(step, taken)
 
     def publish(self, weights: Mapping[str, Tensor], *, version: int) -> int:
@@ -88,3 +100,4 @@ class _First:
 
     hub: Hub
     publisher: Publisher
+    consumed: ConsumedLog

@@ -26,9 +26,10 @@ from learner.trainer.model import Policy
 from learner.trainer.pack import MicroBatch, micro_batch, pack
 from learner.trainer.plan import Sample
 from learner.trainer.ranks import Ranks, joined
+from learner.trainer.report import StepReport, merged
 from learner.trainer.setup import make_deterministic
 from learner.trainer.sharding import Whole
-from learner.trainer.step import StepReport, accumulate, make_optimizer, merged, train_step
+from learner.trainer.step import accumulate, make_optimizer, train_step
 from matpo.config import Learner, Tis
 from matpo.folder import RunFolder
 from matpo.load import load_config

@@ -23,8 +23,9 @@ from learner.trainer.checkpoint import MODEL, OPTIMIZER
 from learner.trainer.model import Policy
 from learner.trainer.pack import micro_batch, pack
 from learner.trainer.ranks import ALONE, joined
+from learner.trainer.report import StepReport
 from learner.trainer.setup import make_deterministic
-from learner.trainer.step import StepReport, accumulate
+from learner.trainer.step import accumulate
 from matpo.config import Learner, Tis
 from matpo.errors import UserError
 from matpo.metrics import read_metrics
