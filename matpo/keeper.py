@@ -66,9 +66,9 @@ class Kept:
         """What the command prints is appended to `output`. The commands in `outlived_by` take this one's end, not only
         the keeper's, for the end of their owner: without a keeper they end after it."""
         self.name = name
-        self._command = command
+        self.command = command
         self._output = output
-        self._environment = dict(environment)
+        self.environment = dict(environment)
         self._patience = patience or Patience()
         self._link, self._theirs = socket.socketpair()
         self._link.setblocking(False)
@@ -92,7 +92,7 @@ class Kept:
         """
         failures = 0
         while True:
-            command = await self._command()
+            command = await self.command()
             if not command or stopping.is_set():
                 return 0
             began = time.monotonic()
@@ -111,7 +111,7 @@ class Kept:
 
     async def once(self, stopping: anyio.Event) -> int:
         """Start it and wait for its end, whatever that is; returns the exit code."""
-        return await self._once(await self._command(), stopping)
+        return await self._once(await self.command(), stopping)
 
     async def wait(self) -> None:
         """Until the process of now has ended."""
@@ -159,7 +159,7 @@ class Kept:
                 stdin=self._theirs.fileno(),
                 stdout=sink,
                 stderr=sink,
-                env=self._environment,
+                env=self.environment,
                 pass_fds=self._inherited,
                 start_new_session=True,  # Ctrl-C in a terminal concerns the keeper alone
             )

@@ -57,7 +57,7 @@ def matpo(*arguments: str, timeout_s: float = 240.0) -> subprocess.CompletedProc
 
 @dataclass(frozen=True)
 class Command:
-    """A `matpo` command under way."""
+    """A command under way."""
 
     process: subprocess.Popen[str]
 
@@ -78,9 +78,16 @@ class Command:
 
 @contextmanager
 def started(*arguments: str) -> Iterator[Command]:
-    """A command running in the background; whatever it leaves behind is ended by its own id."""
+    """A `matpo` command running in the background; whatever it leaves behind is ended by its own id."""
+    with begun("-m", "matpo", *arguments) as command:
+        yield command
+
+
+@contextmanager
+def begun(*arguments: str) -> Iterator[Command]:
+    """Any Python command, likewise."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "matpo", *arguments],
+        [sys.executable, *arguments],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,

@@ -1,0 +1,96 @@
+"""Two ranks through the real commands: our own launcher and torchrun, with a rank killed in the middle."""
+
+from __future__ import annotations
+
+import socket
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+from accelerate.commands.config.config_args import ClusterConfig
+from safetensors.numpy import load_file
+
+from matpo.folder import RunFolder
+from tests.end_to_end.processes import (
+    QUICKSTART,
+    ROOT,
+    SHORT,
+    Command,
+    begun,
+    matpo,
+    only_run,
+    short_run,
+    started,
+    summary,
+)
+from tests.end_to_end.test_kill import nothing_is_lost_or_doubled, reached, wait_until
+
+STEPS = 6
+SHIPPED = ("one_machine", "two_machines")
+
+
+def rank_processes(command: Command, rank: int) -> list[psutil.Process]:
+    """The trainer process of a rank."""
+    found = command.descendants("learner.trainer")
+    return [process for process in found if process.environ().get("RANK") == str(rank)]
+
+
+def assert_trained(run: Path) -> None:
+    """The run is complete, its ledger exact and its newest checkpoint sound."""
+    assert summary(run)["steps"] == STEPS
+    doctor = matpo("doctor", str(run))
+    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+    nothing_is_lost_or_doubled(run)
+    weights = load_file(run / "checkpoints" / f"step-{STEPS:06d}" / "model.safetensors")
+    before = load_file(ROOT / "models" / "quickstart" / "model.safetensors")
+    assert weights.keys() == before.keys()
+    assert all(abs(weights[name] - before[name]).max() < 0.1 for name in weights)
+    assert any((weights[name] != before[name]).any() for name in weights)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_on_two_ranks_survives_the_kill_of_one_with_an_exact_ledger(tmp_path: Path) -> None:
+    more = [f"run.steps={STEPS}", "learner.ranks=2", "hub.lease_s=8.0"]
+    with started(*short_run(tmp_path, *more)) as command:
+        wait_until(lambda: any(tmp_path.iterdir()), command, limit_s=60, what="run folder")
+        run = only_run(tmp_path)
+        for rank, step in ((1, 1), (0, 3)):
+            wait_until(partial(reached, run, step), command, limit_s=240, what=f"step {step}")
+            wait_until(lambda rank=rank: bool(rank_processes(command, rank)), command, limit_s=60, what=f"rank {rank}")
+            for process in rank_processes(command, rank):
+                process.kill()
+        output, _ = command.process.communicate(timeout=400)
+    assert command.process.returncode == 0, output
+    assert_trained(run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ranks_that_torchrun_launched_are_started_again_by_it_and_finish_the_run(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
+    learner = ["-m", "learner", str(QUICKSTART), *SHORT, f"run.steps={STEPS}", "--run", str(run.path)]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3", *meeting, *learner]
+    with begun(*launcher) as ranks:
+        wait_until(lambda: run.hub.is_file(), ranks, limit_s=120, what="hub")
+        address = run.hub_address()
+        assert address is not None
+        place = ["--hub", address.endpoint, "--state", str(tmp_path), "--actor-id", "actor-0"]
+        with begun("-m", "actors", str(run.config), *place) as actor:
+            wait_until(partial(reached, run.path, 2), ranks, limit_s=240, what="step 2")
+            for process in rank_processes(ranks, 1):
+                process.kill()
+            output, _ = ranks.process.communicate(timeout=400)
+            assert ranks.process.returncode == 0, output
+            actor.process.communicate(timeout=60)
+    assert_trained(run.path)
+
+
+def test_the_shipped_settings_are_ones_accelerate_reads() -> None:
+    one, two = (ClusterConfig.from_yaml_file(ROOT / "configs/accelerate" / f"{name}.yaml") for name in SHIPPED)
+    assert (one.num_machines, one.num_processes) == (1, 8)
+    assert (two.num_machines, two.num_processes, two.rdzv_backend) == (2, 16, "static")
