@@ -59,7 +59,9 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Write the settings; what may be secret in them goes to a file beside them that only its owner may read."""
-        self.config.write_bytes(orjson.dumps(config.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
+        draft = self.config.with_name(f".config.{os.getpid()}")  # ranks of several machines may write it at once
+        draft.write_bytes(orjson.dumps(config.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
+        draft.replace(self.config)
         secrets = {name: hidden for name, entry in config.tools.mcpServers.items() if (hidden := entry.hidden())}
         if secrets:
             path = self.config.with_name(SECRETS_FILE)
