@@ -1,4 +1,4 @@
-"""Who is killed, who is told to go, who comes later: the others go on, nobody is left behind, and the run is finished."""
+"""Who is killed, who is told to go, who comes later: the others go on, nobody is left behind, the run is finished."""
 
 from __future__ import annotations
 
