@@ -91,8 +91,9 @@ class Watch:
         if now_s - self._heard_s > QUIET_S:
             yield waiting("hub", since_s=self._heard_s)
         if now_s - self._moved_s > QUIET_S:
-            details = {"running": health.running, "detail": health.detail, "actor": self._actor_id}
-            yield waiting("engine", since_s=self._moved_s, **details)
+            yield waiting(
+                "engine", since_s=self._moved_s, running=health.running, detail=health.detail, actor=self._actor_id
+            )
         for server in health.silent:
             yield waiting("engine_server", server=server, actor=self._actor_id)
         for server, silent_s in self._tools.silent():

@@ -52,12 +52,13 @@ def test_dropping_episodes_whatever_their_length_is_not() -> None:
 
 
 def test_a_handful_of_slow_ones_may_be_chance() -> None:
-    assert seconds_of(audit(episodes([1.0, 2.0, 3.0, 4.0], [9.0, 8.0]))) == (pytest.approx(1 / 3, abs=1e-4), False)
+    shift, alarming = seconds_of(audit(episodes([1.0, 2.0, 3.0, 4.0], [9.0, 8.0])))
+    assert (round(shift, 4), alarming) == (0.3333, False)
 
 
 def test_a_few_in_many_do_not_shift_what_is_trained() -> None:
     found = audit(episodes([float(second) for second in range(1000)], [2000.0] * 20))
-    assert seconds_of(found) == (pytest.approx(20 / 1020, abs=1e-4), False)
+    assert seconds_of(found) == (0.0196, False)
 
 
 def test_hard_tasks_that_are_dropped_show_by_reward_and_hops() -> None:
