@@ -42,7 +42,7 @@ from protocols.messages import (
 from protocols.records import EpisodeTree, Task, ToolSpan, Trajectory, Turn, WeightStamp
 
 Parts = list[bytes]
-WAIT = Wait(who="actor-0", what="leases", since_s=1.5, limit_s=60.0, remedy="raise freshness.eta")
+WAIT = Wait(name="leases", who="actor-0", what="leases", since_s=1.5, limit_s=60.0, remedy="raise freshness.eta")
 TASK = Task.make("Who led the guild?", ("Ada",), {"hops": 2, "chain": ["a", "b"]}, {"search": {"collection": "w1"}})
 ODD = [
     b"", b"null", b"true", b"-1", b"0", b"1e999", b"NaN", b"-Infinity", b"9007199254740993", b"1" * 400, b'""', b"[]",
@@ -143,7 +143,7 @@ def to_actor(tree_id: str) -> list[Parts]:
         WeightsReady(version=0, digest="a" * 32, objects=(item,)),
         Drain(reason="complete"),
         TrainerWelcome(lineage=1),
-        NotYet(waits=(WAIT,)),
+        NotYet(),
         Ok(),
     ]
     plain = [[message.model_dump_json().encode()] for message in messages]

@@ -16,6 +16,7 @@ from actors.engines.engine import EngineHealth, Generation, LoadReport
 from actors.outbox import FINAL, Outbox
 from actors.play import Player
 from actors.session import Session
+from actors.watch import Watch
 from actors.weights.follow import Follower
 from actors.weights.shadow import Shadow
 from actors.weights.sources import HubSource, Sources
@@ -172,6 +173,13 @@ class Unheard(HubClient):
         return True
 
 
+class NoTools:
+    """No tool server."""
+
+    def silent(self) -> Sequence[tuple[str, float]]:
+        return ()
+
+
 class ActorUnderAttack:
     """An actor after its welcome: one tree in its outbox, no weights, room for work."""
 
@@ -182,9 +190,10 @@ class ActorUnderAttack:
         self.follower = Follower(shadow, engine=engine, sources=Sources(HubSource(client)), reports=client)
         hello = Hello(protocol=PROTOCOL, actor_id="actor-0", tokenizer_digest="t", config_digest="c", capacity=8)
         welcome = Welcome(run="fuzz", heartbeat_s=2.0)
+        watch = Watch("actor-0", engine, own=(self.player, self.follower), tools=NoTools())
         self._session = Session(
-            client, hello, welcome, outbox=outbox, player=self.player, follower=self.follower
-        )  # fmt: skip
+            client, hello, welcome, outbox=outbox, player=self.player, follower=self.follower, watch=watch
+        )
         self._client = client
         lease = Lease(
             lease_id="train-000000.0", group_id="train-000000", task=TASK, episodes=(0, 1), purpose="train",

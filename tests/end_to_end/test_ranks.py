@@ -49,6 +49,10 @@ def assert_trained(run: Path) -> None:
     assert any((weights[name] != before[name]).any() for name in weights)
 
 
+def has_rank(command: Command, rank: int) -> bool:
+    return bool(rank_processes(command, rank))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_on_two_ranks_survives_the_kill_of_one_with_an_exact_ledger(tmp_path: Path) -> None:
@@ -58,7 +62,7 @@ def test_a_run_on_two_ranks_survives_the_kill_of_one_with_an_exact_ledger(tmp_pa
         run = only_run(tmp_path)
         for rank, step in ((1, 1), (0, 3)):
             wait_until(partial(reached, run, step), command, limit_s=240, what=f"step {step}")
-            wait_until(lambda rank=rank: bool(rank_processes(command, rank)), command, limit_s=60, what=f"rank {rank}")
+            wait_until(partial(has_rank, command, rank), command, limit_s=60, what=f"rank {rank}")
             for process in rank_processes(command, rank):
                 process.kill()
         output, _ = command.process.communicate(timeout=400)

@@ -48,13 +48,13 @@ anyio.run(Supervisor(hub=first, trainer=kept("trainer", trainer, [first]), owner
 """
 
 
-def kept(folder: Path, source: str, **patience: float) -> Kept:
+def kept(folder: Path, source: str, *, silent_s: float = 15.0, frozen_s: float = 45.0) -> Kept:
     return Kept(
         "child",
         always(sys.executable, "-c", source, "child", str(folder)),
         output=folder / "child.out",
         environment=os.environ,
-        patience=Patience(pauses_s=(0.01,), **patience),
+        patience=Patience(pauses_s=(0.01,), silent_s=silent_s, frozen_s=frozen_s),
     )
 
 
