@@ -11,10 +11,10 @@ from tests.end_to_end.processes import QUICKSTART, environment, matpo, only_run,
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-LEAKY = (
-    "import os, sys;"
-    "sys.stderr.write(f'cannot log in with {os.environ[\"SERVICE_KEY\"]} {sys.argv[-1]}\\n'); sys.exit(1)"
-)
+LEAKY = r"""import os, sys
+sys.stderr.write(f'cannot log in with {os.environ["SERVICE_KEY"]} {sys.argv[-1]}\n')
+sys.exit(1)
+"""
 PLANTED = ("planted-in-env-1", "planted-in-header-2", "planted-in-query-3", "planted-in-shell-4", "planted-argument-5")
 
 

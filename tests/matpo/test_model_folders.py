@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,12 @@ def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(SHIPPED, tmp_path / "model"))
 
 
-def with_code(folder: Path, file: str, classes: dict[str, str]) -> Path:
+def with_code(folder: Path, file: str, classes: Mapping[str, object]) -> Path:
     """Have a settings file of the model name classes of a module beside it; returns what running it leaves behind."""
     trace = folder / "it_ran"
     (folder / "theirs.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass Theirs: pass\n")
     settings = json.loads((folder / file).read_text())
-    settings |= {"auto_map": classes, "model_type": "theirs"}
+    settings |= {"auto_map": dict(classes), "model_type": "theirs"}
     settings.pop("tokenizer_class", None)
     (folder / file).write_text(json.dumps(settings))
     return trace
