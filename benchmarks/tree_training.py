@@ -27,7 +27,8 @@ from learner.trainer.attention.packed import PaddedPaths, PathBlock
 from learner.trainer.attention.plan import AttentionPlan
 from learner.trainer.costs import PADDED_ROWS
 from learner.trainer.model import Policy
-from learner.trainer.pack import MicroBatch, Sample, micro_batch, pack
+from learner.trainer.pack import MicroBatch, micro_batch, pack
+from learner.trainer.plan import Sample
 from learner.trainer.step import accumulate
 from learner.trainer.trie import Trie
 from matpo.config import Dppo, Learner
@@ -58,7 +59,7 @@ class PaddedPlan(AttentionPlan):
         self.padded = PaddedPaths(tuple(blocks), torch.arange(len(trie.tokens)), sum(b.tokens.numel() for b in blocks))
 
     @property
-    def paths(self) -> PaddedPaths:  # type: ignore[override]  # made at once, not when first asked for
+    def paths(self) -> PaddedPaths:
         return self.padded
 
 

@@ -48,6 +48,8 @@ class Policy:
     input embedding's; of an adapter PEFT's."""
     adapter: Adapter | None
     attention: Attention
+    logit_scale: float
+    """Some models multiply their logits by a constant; here their last hidden states are."""
     dtype: torch.dtype
     device: torch.device
     shape: ModelShape
@@ -130,6 +132,7 @@ class Policy:
             parameters=dict(model.named_parameters()) if adapter is None else adapter.parameters,
             adapter=adapter,
             attention=choose_attention(learner),
+            logit_scale=logit_scale_of(model),
             dtype=dtype,
             device=device,
             shape=shape_of(model, projection),
@@ -158,10 +161,14 @@ class Policy:
         return replace(self, head=head, parameters=parameters, adapter=adapter, device=ranks.device)
 
     def hidden(self, tokens_N: Tensor, positions_N: Tensor, plan: AttentionPlan, *, recompute: bool = False) -> Tensor:
-        """Last hidden states [N, E] of a trie's tokens; with `recompute` the backward pass computes layers again."""
+        """Last hidden states [N, E] of a trie's tokens, of which the logits are a linear map.
+
+        With `recompute` the backward pass computes layers again.
+        """
         self.recompute.on = recompute
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self._hidden(tokens_N, positions_N, plan)
+            hidden = self._hidden(tokens_N, positions_N, plan)
+        return hidden if self.logit_scale == 1.0 else hidden * self.logit_scale
 
     def computed_tokens(self, plan: AttentionPlan) -> int:
         """Tokens `hidden` runs the model on: the distinct ones, unless prefixes are not shared."""
@@ -192,7 +199,7 @@ class Policy:
     def _probe(self) -> None:
         """Compare hidden states over a trie with the model's own on two short sequences, and the head with the model's.
 
-        Catches every architecture that cannot be served (linear attention, soft-capped or scaled logits, …) before a
+        Catches every architecture that cannot be served (linear attention, soft-capped logits, …) before a
         step is taken on it. Ends with the chosen attention switched on.
         """
         short = np.random.default_rng(0).integers(0, self.vocabulary, (2, 9), dtype=np.int32)
@@ -205,11 +212,12 @@ class Policy:
         with torch.no_grad():
             logits = torch.cat([self.model(row[None], use_cache=False).logits[0] for row in rows])
             own = torch.cat([self._own_hidden(row[None])[0] for row in rows])
-            difference = _relative(torch.nn.functional.linear(own, self.head.weight, self.head.bias), logits)
+            ours = torch.nn.functional.linear(own * self.logit_scale, self.head.weight, self.head.bias)
+            difference = _relative(ours, logits)
             if not difference <= PROBE_TOLERANCE:
                 raise UserError(
                     f"model {name} cannot be trained: its logits differ by {difference:.2g} (relative) from a linear"
-                    " map of its last hidden states; models that scale or cap them are not served"
+                    " map of its last hidden states; models that cap them are not served"
                 )
             if self.attention == "packed":
                 return
@@ -246,6 +254,12 @@ def narrow_frozen(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _relative(found: Tensor, expected: Tensor) -> float:
     """Largest difference relative to the largest entry."""
     return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def logit_scale_of(model: PreTrainedModel) -> float:
+    """What a model's configuration says its logits are multiplied (Cohere) or divided by (Granite)."""
+    config = model.config.to_dict()
+    return float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
 
 
 def shape_of(model: PreTrainedModel, projection: torch.nn.Linear) -> ModelShape:

@@ -69,6 +69,10 @@ def gemma3() -> PreTrainedModel:
     return build(Gemma3ForCausalLM, Gemma3TextConfig, query_pre_attn_scalar=8, **WINDOWED)
 
 
+def granite() -> PreTrainedModel:
+    return build(GraniteForCausalLM, GraniteConfig, logits_scaling=2.0)
+
+
 def mixture_of_experts() -> PreTrainedModel:
     return build(Qwen3MoeForCausalLM, Qwen3MoeConfig, **EXPERTS)
 
@@ -99,8 +103,8 @@ def assert_exact(model: PreTrainedModel, attention: AttentionChoice, tolerance: 
     assert relative_difference(found, expected) < tolerance
 
 
-@pytest.mark.parametrize("model", [mistral, qwen3, gemma3, mixture_of_experts])
-def test_prefixes_are_shared_exactly_over_windows_mixed_layers_and_experts(model: type) -> None:
+@pytest.mark.parametrize("model", [mistral, qwen3, gemma3, granite, mixture_of_experts])
+def test_prefixes_are_shared_exactly_over_windows_mixed_layers_scaled_logits_and_experts(model: type) -> None:
     assert_exact(model(), "auto")
 
 
@@ -114,13 +118,11 @@ def test_what_cannot_share_prefixes_is_refused_with_the_reason_and_trained_packe
     assert_exact(model(), "packed")
 
 
-def test_a_model_that_scales_its_logits_is_refused_either_way() -> None:
+def test_a_model_that_caps_its_logits_is_refused_either_way() -> None:
     for attention in ("auto", "packed"):
         with pytest.raises(UserError, match="cannot be trained: its logits differ by"):
-            Policy.of(
-                build(GraniteForCausalLM, GraniteConfig, logits_scaling=2.0),
-                Learner.model_validate({"attention": attention}),
-            )
+            capped = build(Gemma2ForCausalLM, Gemma2Config, initializer_range=3.0, final_logit_softcapping=1.0)
+            Policy.of(capped, Learner.model_validate({"attention": attention}))
 
 
 @pytest.mark.parametrize(
