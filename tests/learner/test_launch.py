@@ -66,7 +66,9 @@ async def test_a_signal_is_handed_on_and_every_rank_may_finish(tmp_path: Path) -
 
 
 def test_ranks_are_told_where_they_meet_and_who_they_are(tmp_path: Path) -> None:
-    made = ranks_of(RunFolder(tmp_path), 2)
+    first, second = ranks_of(RunFolder(tmp_path), 2)
+    with first, second:
+        made = (first, second)
     told = [[rank.environment[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")] for rank in made]
     assert told == [["0", "0", "2", "127.0.0.1"], ["1", "1", "2", "127.0.0.1"]]
     assert len({rank.environment["MASTER_PORT"] for rank in made}) == 1
@@ -89,5 +91,6 @@ async def test_who_starts_the_ranks(
     ranks: int, launched: int, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(launched))
-    with supervisor(RunFolder(tmp_path), UNOWNED, ranks=ranks).trainer as trainer:
-        assert (await trainer.command())[2] == f"learner.{module}"
+    made = supervisor(RunFolder(tmp_path), UNOWNED, ranks=ranks)
+    with made.hub, made.trainer:
+        assert (await made.trainer.command())[2] == f"learner.{module}"

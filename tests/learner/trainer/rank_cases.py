@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import orjson
 import torch
-from pydantic import JsonValue
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
@@ -37,7 +37,7 @@ from matpo.metrics import MetricsFile
 from tests.learner.trainer.models import Family, tiny_model
 from tests.learner.trainer.test_exactness import CPU, random_rows
 
-Found = dict[str, JsonValue]
+Found = dict[str, Any]  # JSON of a case's own shape
 ADAM = Learner(lr=1e-2, optimizer_steps_per_batch=2)
 
 
@@ -45,9 +45,9 @@ def policy_of(ranks: Ranks, learner: Learner, family: Family = "qwen3", *, tied:
     """A tiny policy over the ranks; the others have no weights of their own."""
     model = tiny_model(family, tied=tied)
     if not ranks.first:
-        model.to("meta")
+        torch.nn.Module.to(model, "meta")
         model.tie_weights()
-    return Policy.of(model, learner, ranks)
+    return Policy.of(model, learner, ranks=ranks)
 
 
 def step_rows(step: int) -> list[Sample]:
@@ -68,7 +68,7 @@ def write_gradients(ranks: Ranks, policy: Policy, path: Path) -> None:
 
 def gradients(ranks: Ranks, folder: Path) -> Found:
     """Of three models over the planner's micro-batches, then over ones of which the second rank has none to score."""
-    losses: list[JsonValue] = []
+    losses: list[float] = []
     kinds: list[tuple[Family, bool]] = [("qwen3", True), ("llama", False)]
     for family, tied in kinds:
         policy = policy_of(ranks, Learner(), family, tied=tied)

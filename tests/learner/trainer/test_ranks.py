@@ -16,6 +16,7 @@ from typing import Self
 import orjson
 import pytest
 import torch
+from pydantic import JsonValue
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,7 +30,6 @@ from learner.trainer.step import accumulate
 from matpo.config import Learner, Tis
 from matpo.errors import UserError
 from matpo.metrics import read_metrics
-from protocols.weights import read_keyframe
 from tests.learner.trainer import rank_cases
 from tests.learner.trainer.models import Family, tiny_model
 from tests.learner.trainer.rank_cases import Found
@@ -105,7 +105,8 @@ def gradients_of_one(family: Family, *, tied: bool = True) -> tuple[float, dict[
 
 def test_two_ranks_give_the_gradients_of_one(pair: Pair, tmp_path: Path) -> None:
     first, second = pair.do(rank_cases.gradients, tmp_path)
-    for number, (family, tied) in enumerate([("qwen3", True), ("llama", False)]):
+    kinds: list[tuple[Family, bool]] = [("qwen3", True), ("llama", False)]
+    for number, (family, tied) in enumerate(kinds):
         loss, expected = gradients_of_one(family, tied=tied)
         assert first["losses"][number] + second["losses"][number] == pytest.approx(loss, rel=1e-5)
         assert relative_difference(load_file(tmp_path / f"{family}.safetensors"), expected) < 1e-5
@@ -143,7 +144,8 @@ def test_the_report_of_two_ranks_is_that_of_one(pair: Pair, tmp_path: Path) -> N
     first, second = pair.do(rank_cases.one_step, tmp_path)
     assert first == second
     two, one = StepReport.model_validate(first), StepReport.model_validate(rank_cases.one_step(ALONE, tmp_path))
-    assert (two.loss, two.grad_norm) == (pytest.approx(one.loss, rel=1e-5), pytest.approx(one.grad_norm, rel=1e-5))
+    assert two.loss == pytest.approx(one.loss, rel=1e-5)
+    assert two.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
     assert (two.updates, two.sampled_tokens, two.tokens) == (one.updates, one.sampled_tokens, one.tokens)
     for role, figures in one.roles.items():
         assert two.roles[role].model_dump() == pytest.approx(figures.model_dump(), rel=1e-5, abs=1e-6)
@@ -191,22 +193,50 @@ def test_a_checkpoint_does_not_depend_on_the_number_of_ranks(pair: Pair, tmp_pat
     assert relative_difference(one, two) < 1e-6
 
 
-def test_a_run_on_two_ranks_ends_with_the_weights_ledger_and_publications_of_one(pair: Pair, tmp_path: Path) -> None:
+KINDS: dict[str, tuple[dict[str, JsonValue], dict[str, JsonValue]]] = {
+    "all weights": ({}, {}),
+    "recomputed, near a reference": (
+        {"gradient_checkpointing": "always", "objective": {"name": "dppo", "reference_kl": 0.1}},
+        {},
+    ),
+    "an adapter, near its base": (
+        {"objective": {"name": "dppo", "reference_kl": 0.1}},
+        {"lora": {"rank": 3, "target_modules": ["q_proj", "down_proj"]}},
+    ),
+    "a merged adapter": ({}, {"lora": {"rank": 3, "target_modules": ["q_proj", "down_proj"], "publish": "merged"}}),
+    "bfloat16": ({"dtype": "bfloat16"}, {}),
+    "an adapter in bfloat16": ({"dtype": "bfloat16"}, {"lora": {"rank": 3, "target_modules": ["q_proj", "down_proj"]}}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_two_ranks_ends_with_the_weights_ledger_and_publications_of_one(
+    pair: Pair, tmp_path: Path, kind: str
+) -> None:
+    learner, model = KINDS[kind]
+    learner = {"publish_dtype": "float32", "micro_batch_tokens": 64, **learner}
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    one, config = make_run(tmp_path / "one")
+    one, config = make_run(tmp_path / "one", learner=learner, model=model)
     alone = run_trainer(one, config)
-    two, _ = make_run(tmp_path / "two")
+    two, _ = make_run(tmp_path / "two", learner=learner, model=model)
     with JournalHub(two) as hub:
         pair.do(rank_cases.run_trainer, two.path)
     assert list(ledger(two)) == list(ledger(one))
     assert [item.version for item in hub.published] == [item.version for item in alone.published]
-    assert relative_difference(checkpoint(two.checkpoints, 4), checkpoint(one.checkpoints, 4)) < 1e-4
-    published = read_keyframe(two.weights / hub.published[3].objects[0].name)
-    saved = load_file(two.checkpoints / "step-000004" / MODEL)
-    assert published.keys() == saved.keys()
-    trained = [line for _, line in read_metrics(two.metrics)]
-    assert [(line["step"], line["updates"]) for line in trained] == [(1, 1), (2, 1), (3, 1), (4, 1)]
+    # Adam's first steps are as long for a gradient that is almost 0 as for a large one, so rounding shows in them.
+    limit = 0.2 if "bfloat16" in kind else 1e-3
+    keyframes = sorted(path.name for path in one.weights.glob("keyframe-*.safetensors"))
+    assert keyframes == sorted(path.name for path in two.weights.glob("keyframe-*.safetensors")) != []
+    for name in keyframes:
+        assert relative_difference(load_file(two.weights / name), load_file(one.weights / name)) < limit
+    for path in (one.checkpoints / "step-000004").glob("*model.safetensors"):
+        assert relative_difference(load_file(two.checkpoints / "step-000004" / path.name), load_file(path)) < limit
+    figures = [[line for _, line in read_metrics(run.metrics)] for run in (one, two)]
+    assert [line["step"] for line in figures[1]] == [1, 2, 3, 4]
+    for mine, theirs in zip(*figures, strict=True):
+        assert (mine["tokens"], mine["trees"]) == (theirs["tokens"], theirs["trees"])
+        assert theirs["reference_kl"] == pytest.approx(mine["reference_kl"], rel=limit, abs=1e-6)
 
 
 def test_what_one_rank_says_all_hear(pair: Pair, tmp_path: Path) -> None:
