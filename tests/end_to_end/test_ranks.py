@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.config.config_args import ClusterConfig  # type: ignore[import-untyped]  # it ships no types
 from safetensors.numpy import load_file
 
 from matpo.folder import RunFolder
@@ -34,6 +34,10 @@ def rank_processes(command: Command, rank: int) -> list[psutil.Process]:
     """The trainer process of a rank."""
     found = command.descendants("learner.trainer")
     return [process for process in found if process.environ().get("RANK") == str(rank)]
+
+
+def has_rank(command: Command, rank: int) -> bool:
+    return bool(rank_processes(command, rank))
 
 
 def assert_trained(run: Path) -> None:
