@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import anyio
 from anyio.abc import Process
 
+from matpo.errors import UserError
 from matpo.folder import RunFolder
 from matpo.keeper import Kept
 from tests.chaos.faults import Fault, Role
@@ -98,6 +99,8 @@ class Job:
     stopping: anyio.Event = field(default_factory=anyio.Event)
     resumed: int = 0
     """Times that `matpo run --resume` was needed."""
+    gave_up: int = 0
+    """Times that an actor outside `matpo run` ended with an error for people."""
     _run: Process | None = None
 
     @classmethod
@@ -238,7 +241,10 @@ class Job:
         output = self.parent / f"{name}.out"
         with Kept(name, command, output=output, environment=ENVIRONMENT) as actor:
             while not self.stopping.is_set():
-                await actor.keep(self.stopping)  # a hub that leaves in order sends it home
+                try:
+                    await actor.keep(self.stopping)  # a hub that leaves in order sends it home
+                except UserError:  # a cut link looks like a wrong key; this owner tries again whatever the reason
+                    self.gave_up += 1
 
     async def _appears(self) -> None:
         with anyio.fail_after(START_LIMIT_S):

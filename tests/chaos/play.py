@@ -58,6 +58,8 @@ class ChaosReport(Record):
     lineages: int
     resumed: int
     """Times `matpo run` itself was started again."""
+    gave_up: int
+    """Times an actor outside `matpo run` ended with an error for people, and was started again by its owner."""
     adds_up: bool
     exit_code: int
     """Of `matpo run` after Ctrl-C: 130."""
@@ -65,8 +67,6 @@ class ChaosReport(Record):
     """Mean over the first `REWARD_STEPS` surviving steps …"""
     reward_last: float
     """… and over as many last ones."""
-    strays: tuple[str, ...]
-    """Processes that were still there after the orderly end."""
 
 
 @dataclass(slots=True)
@@ -166,11 +166,11 @@ def account(watch: Watch, chaos: Chaos, *, seconds: float, exit_code: int) -> Ch
         steps_undone=len(lines) - starts - verdict.steps,
         lineages=starts,
         resumed=job.resumed,
+        gave_up=job.gave_up,
         adds_up=doctor.adds_up,
         exit_code=exit_code,
         reward_first=round(first, 4),
         reward_last=round(last, 4),
-        strays=(),
     )
 
 
