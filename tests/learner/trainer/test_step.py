@@ -113,6 +113,8 @@ def test_learning_rate_warms_up_and_then_follows_half_a_cosine() -> None:
     cosine = Learner(lr=1.0, lr_schedule="cosine")
     assert [learning_rate(cosine, step=n, steps=4) for n in (1, 3)] == pytest.approx([1.0, 0.5])
     assert learning_rate(cosine, step=4, steps=4) > 0
+    both = Learner(lr=1.0, lr_schedule="cosine", warmup_steps=2)
+    assert [learning_rate(both, step=n, steps=6) for n in (1, 2, 3, 5)] == pytest.approx([1 / 3, 2 / 3, 1.0, 0.5])
 
 
 def test_bfloat16_computes_about_the_same_gradient_with_float32_weights() -> None:
