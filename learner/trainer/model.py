@@ -85,7 +85,7 @@ class Policy:
         try:
             if ranks.first:
                 # Files are data: neither pickled weights nor the folder's own code is run.
-                model = AutoModelForCausalLM.from_pretrained(
+                model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                     folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
                 )
             else:
@@ -236,7 +236,7 @@ class Policy:
 
 def without_weights(folder: Path) -> PreTrainedModel:
     """The model of a Hugging Face folder on the `meta` device."""
-    shape = AutoConfig.from_pretrained(folder, local_files_only=True)
+    shape = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)  # type: ignore[no-untyped-call]  # left bare
     return model

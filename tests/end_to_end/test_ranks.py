@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from accelerate.commands.config.config_args import ClusterConfig  # type: ignore[import-untyped]  # it ships no types
+from accelerate.commands.config.config_args import ClusterConfig
 from safetensors.numpy import load_file
 
 from matpo.folder import RunFolder
@@ -51,10 +51,6 @@ def assert_trained(run: Path) -> None:
     assert weights.keys() == before.keys()
     assert all(abs(weights[name] - before[name]).max() < 0.1 for name in weights)
     assert any((weights[name] != before[name]).any() for name in weights)
-
-
-def has_rank(command: Command, rank: int) -> bool:
-    return bool(rank_processes(command, rank))
 
 
 @pytest.mark.slow
