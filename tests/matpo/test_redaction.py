@@ -201,7 +201,6 @@ def test_logs_metrics_and_errors_hold_no_secret_that_a_config_told(
     assert run_command(fail) == 2
     sys.excepthook(ValueError, ValueError(spoken), None)
     written = [path.read_text() for path in (folder.log("actor-0"), folder.metrics)]
-    structlog.get_config()["logger_factory"]._file.close()
     for text in (*written, capsys.readouterr().err):
         assert "<hidden>" in text and "docs.jsonl" in text
         assert "planted" not in text
