@@ -17,6 +17,7 @@ from protocols.records import (
     EpisodeTree,
     Flags,
     Floats,
+    Joint,
     Record,
     Status,
     Task,
@@ -75,6 +76,8 @@ class _Names(Record):
 
     call_ids: tuple[str, ...] = Field(max_length=MAX_TURNS)
     tool_spans: tuple[ToolSpan, ...] = Field(max_length=MAX_TURNS)
+    earned: tuple[FiniteFloat | None, ...] = Field(default=(), max_length=MAX_TRAJECTORIES)
+    joints: tuple[Joint, ...] = Field(default=(), max_length=MAX_TURNS)
 
 
 MAX_TEXT_BYTES: Final = 64 * 2**20
@@ -106,10 +109,15 @@ def encode_tree(tree: EpisodeTree) -> list[bytes]:
     versions = packing.version_runs(np.concatenate([t.versions for t in trajectories], dtype=np.int32))
     width = packing.token_bytes(trajectories)
     header = _header(tree, width, versions[:, 0])
-    names = _Names(call_ids=tuple(t.call_id for t in turns if t.call_id is not None), tool_spans=tree.tool_spans)
+    names = _Names(
+        call_ids=tuple(t.call_id for t in turns if t.call_id is not None),
+        tool_spans=tree.tool_spans,
+        earned=tree.earned,
+        joints=tree.joints,
+    )
     return [
         header.model_dump_json().encode(),
-        names.model_dump_json().encode(),
+        names.model_dump_json(exclude_defaults=True).encode(),
         packing.pack_trajectories(trajectories, shared),
         packing.pack_turns(turns),
         packing.pack_tokens(trajectories, shared, width),
@@ -233,6 +241,8 @@ def _build(
         tool_spans=names.tool_spans,
         started_at=header.started_at,
         seconds=header.seconds,
+        earned=names.earned,
+        joints=names.joints,
     )
 
 

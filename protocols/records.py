@@ -116,6 +116,17 @@ class ToolSpan(Record):
     result_bytes: Index
 
 
+class Joint(Record):
+    """A joint action: agents that acted at once, scored together. Those who saw its outcome come after it."""
+
+    members: Annotated[tuple[Index, ...], Field(min_length=1)]
+    """Trajectories, one per agent, in the workflow's order of agents."""
+    after: Index | None = None
+    """Index of the joint action whose outcome they had seen; None where they had only the task."""
+    reward: FiniteFloat | None = None
+    """Of this joint action alone, not of what followed; None means not scored."""
+
+
 class WeightStamp(Record):
     """The identity of one set of weights."""
 
@@ -132,7 +143,8 @@ class Trajectory:
 
     role: str
     parent: tuple[int, int] | None
-    """(trajectory index, index of its turn that asked for this one); None for the root."""
+    """(trajectory index, index of its turn that asked for this one, or that this one follows as the same agent's next
+    act); None for an agent that starts from the task alone, as the first does."""
     tokens: Tokens
     sampled: Flags
     """True where the policy chose the token."""
@@ -183,7 +195,7 @@ def _distinct(versions: Tokens) -> set[int]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EpisodeTree:
-    """One episode: the planner's trajectory and those of every agent it called, parents first."""
+    """One episode: every agent's trajectory, parents first; say, the planner's and those of the agents it called."""
 
     tree_id: str
     group_id: str
@@ -201,14 +213,16 @@ class EpisodeTree:
     started_at: float
     """Unix time."""
     seconds: float
+    earned: tuple[float | None, ...] = ()
+    """What each trajectory's own act was worth, apart from what followed; empty where nobody scores single acts."""
+    joints: tuple[Joint, ...] = ()
+    """Joint actions, earlier ones first; empty where agents do not act at once."""
 
     def __post_init__(self) -> None:
         if not self.trajectories:
             raise ValueError(f"tree {self.tree_id} has no trajectory")
         for index, trajectory in enumerate(self.trajectories):
             parent = trajectory.parent
-            if (parent is None) != (index == 0):
-                raise ValueError(f"tree {self.tree_id}: trajectory {index} has parent {parent}; only 0 has none")
             if parent is not None and not (
                 0 <= parent[0] < index and 0 <= parent[1] < len(self.trajectories[parent[0]].turns)
             ):
@@ -220,6 +234,17 @@ class EpisodeTree:
         for name, value in self.rewards.items():
             if value is not None and not np.isfinite(value):
                 raise ValueError(f"tree {self.tree_id}: reward {name!r} is {value}")
+        self._check_acts()
+
+    def _check_acts(self) -> None:
+        count = len(self.trajectories)
+        if self.earned and len(self.earned) != count:
+            raise ValueError(f"tree {self.tree_id} has {count} trajectories but says what {len(self.earned)} earned")
+        if not all(value is None or np.isfinite(value) for value in self.earned):
+            raise ValueError(f"tree {self.tree_id}: not every act earned a finite number: {self.earned}")
+        for index, joint in enumerate(self.joints):
+            if max(joint.members) >= count or (joint.after is not None and joint.after >= index):
+                raise ValueError(f"tree {self.tree_id}: joint action {index} names what is not there: {joint}")
 
     @property
     def reward(self) -> float | None:

@@ -81,7 +81,8 @@ def _add(table: Table, name: str, change: Change) -> None:
 
 def _episode(name: str, trace: TraceFile, width: int) -> Panel:
     root = Tree(Text(trace.question, style="italic"))
-    _grow(root, 0, trace.trajectories)
+    for index in _children(trace.trajectories, None):
+        _grow(root, index, trace.trajectories)
     reward = trace.rewards.get("total")
     verdict = "not scored" if reward is None else f"reward {reward:.2f}, right answer {' or '.join(trace.answers)}"
     return Panel(root, title=f"{name} training", subtitle=verdict, width=width)
@@ -98,7 +99,7 @@ def _grow(node: Tree, index: int, trajectories: tuple[TracedTrajectory, ...]) ->
                 _grow(branch, child, trajectories)
 
 
-def _children(trajectories: tuple[TracedTrajectory, ...], parent: tuple[int, int]) -> Iterator[int]:
+def _children(trajectories: tuple[TracedTrajectory, ...], parent: tuple[int, int] | None) -> Iterator[int]:
     return (index for index, one in enumerate(trajectories) if one.parent == parent)
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from protocols.records import (
     EpisodeTree,
+    Joint,
     Outcome,
     Status,
     StopReason,
@@ -84,10 +85,19 @@ def trees(draw: st.DrawFn) -> EpisodeTree:
     members: list[Trajectory] = []
     for index in range(draw(st.integers(1, 5))):
         parent = None
-        if index:
+        if index and draw(st.integers(0, 9)):
             above = draw(st.integers(0, index - 1))
             parent = (above, draw(st.integers(0, len(members[above].turns) - 1)))
         members.append(draw(trajectories(parent, prompts, vocabulary, versions)))
+    joints: list[Joint] = []
+    for index in range(draw(st.integers(0, 3))):
+        joints.append(
+            Joint(
+                members=tuple(draw(st.lists(st.integers(0, len(members) - 1), min_size=1, max_size=3))),
+                after=draw(st.none() | st.integers(0, index - 1)) if index else None,
+                reward=draw(st.none() | finite),
+            )
+        )
     span = st.builds(
         ToolSpan,
         trajectory=st.integers(0, len(members) - 1),
@@ -113,6 +123,10 @@ def trees(draw: st.DrawFn) -> EpisodeTree:
         tool_spans=tuple(draw(st.lists(span, max_size=3))),
         started_at=draw(finite),
         seconds=draw(finite),
+        earned=tuple(draw(st.lists(st.none() | finite, min_size=len(members), max_size=len(members))))
+        if draw(st.booleans())
+        else (),
+        joints=tuple(joints),
     )
 
 
@@ -121,6 +135,7 @@ def assert_same_tree(one: EpisodeTree, other: EpisodeTree) -> None:
     for name in ("tree_id", "group_id", "lease_id", "episode", "actor_id", "task", "rewards", "weights"):
         assert getattr(one, name) == getattr(other, name), name
     assert (one.tool_spans, one.started_at, one.seconds) == (other.tool_spans, other.started_at, other.seconds)
+    assert (one.earned, one.joints) == (other.earned, other.joints)
     assert len(one.trajectories) == len(other.trajectories)
     for mine, theirs in zip(one.trajectories, other.trajectories, strict=True):
         assert (mine.role, mine.parent, mine.turns, mine.status) == (

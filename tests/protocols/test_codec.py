@@ -193,7 +193,7 @@ def int32(*rows: tuple[int, ...]) -> bytes:
         (2, int32((-1, -1, 5, 2, 0, 6)), "6 shared tokens"),
         (2, int32((-1, -1, 5, -2, -1, 0)), "-2 turns"),
         (2, int32((-1, -1, 5, 2**30, -1, 0)), "1073741824 turns"),
-        (2, int32((0, 0, 5, 2, -1, 0)), "trajectory 0 has parent"),
+        (2, int32((0, 0, 5, 2, -1, 0)), "trajectory 0 names the unknown parent"),
         (3, int32((3, 0, 0, 0), (2, 9, 1, 0)), "out of range"),
         (3, int32((3, 0, 0, 0), (1, 1, 1, 0)), "turns cover 4 of 5 tokens"),
         (3, int32((3, 0, 0, 1), (2, 1, 1, 0)), "do not use the 0 call ids"),

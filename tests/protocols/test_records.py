@@ -23,6 +23,7 @@ from protocols.messages import (
 from protocols.records import (
     EpisodeGroup,
     EpisodeTree,
+    Joint,
     Task,
     Trajectory,
     Turn,
@@ -114,8 +115,11 @@ def test_a_trajectory_whose_parts_do_not_fit_is_refused_by_role_and_reason(
     ("changes", "message"),
     [
         ({"trajectories": ()}, "has no trajectory"),
-        ({"trajectories": (TRAJECTORY, TRAJECTORY)}, "trajectory 1 has parent None"),
-        ({"trajectories": (replace(TRAJECTORY, parent=(0, 0)),)}, "trajectory 0 has parent"),
+        ({"trajectories": (replace(TRAJECTORY, parent=(0, 0)),)}, r"unknown parent turn \(0, 0\)"),
+        ({"earned": (1.0, 0.0)}, "has 1 trajectories but says what 2 earned"),
+        ({"earned": (float("nan"),)}, "not every act earned a finite number"),
+        ({"joints": (Joint(members=(0, 1)),)}, "joint action 0 names what is not there"),
+        ({"joints": (Joint(members=(0,), after=0),)}, "joint action 0 names what is not there"),
         ({"trajectories": (TRAJECTORY, replace(TRAJECTORY, parent=(1, 0)))}, r"unknown parent turn \(1, 0\)"),
         ({"trajectories": (TRAJECTORY, replace(TRAJECTORY, parent=(0, 2)))}, r"unknown parent turn \(0, 2\)"),
         ({"weights": (WeightStamp(version=3, digest="d"),)}, r"versions \[4\] without a digest"),
