@@ -25,7 +25,8 @@ from learner.trainer.memory import peak_bytes, reset_peak
 from learner.trainer.pack import MicroBatch, micro_batch
 from learner.trainer.plan import Sample
 from matpo.config import Clip
-from matpo.objective import token_loss
+from matpo.objective.chosen import token_loss
+from matpo.objective.tokens import Tokens
 
 CPU = torch.device("cpu")
 BARS = {"memory_vs_full": 0.2, "time_vs_full": 1.0}
@@ -57,9 +58,7 @@ class Case:
 
     def loss(self, logp_T: Tensor, at: slice) -> Tensor:
         batch = self.batch
-        terms = token_loss(
-            Clip(), logp_T, old_logp_T=None, behaviour_T=batch.behaviour_T[at], advantage_T=batch.advantage_T[at]
-        )
+        terms = token_loss(Clip(), Tokens(logp_T, behaviour_T=batch.behaviour_T[at], advantage_T=batch.advantage_T[at]))
         return (batch.weight_T[at] * terms.loss_T).sum()
 
 

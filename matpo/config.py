@@ -15,11 +15,17 @@ from matpo.engine_config import Engine as Engine
 from matpo.engine_config import SglangEngine as SglangEngine
 from matpo.lora_config import PROJECTIONS as PROJECTIONS
 from matpo.lora_config import Lora as Lora
+from matpo.objective_config import Cispo as Cispo
 from matpo.objective_config import Clip as Clip
 from matpo.objective_config import Decoupled as Decoupled
 from matpo.objective_config import Dppo as Dppo
+from matpo.objective_config import Gspo as Gspo
+from matpo.objective_config import IcePop as IcePop
+from matpo.objective_config import M2po as M2po
 from matpo.objective_config import Objective as Objective
+from matpo.objective_config import Reinforce as Reinforce
 from matpo.objective_config import Tis as Tis
+from matpo.objective_config import Topr as Topr
 from matpo.section import Section
 from matpo.tools_config import McpServer as McpServer
 from matpo.tools_config import ServerExtras as ServerExtras
@@ -227,6 +233,8 @@ class Learner(Section):
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     grad_clip: float = Field(default=1.0, gt=0)
+    ess_guard: bool = False
+    """Multiply the rate by sqrt(ESS), the effective share of samples (Σ R)² / (T Σ R²) (VCPO, arXiv 2602.17616)."""
     filter_zero_variance: bool = False
     """Leave groups whose rewards are all equal out of the step (they are counted, and others are admitted instead)."""
     device: str = "cpu"

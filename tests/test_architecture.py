@@ -15,8 +15,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "learner": {"protocols", "matpo"},
     "tool_servers": set(),
 }
-TORCH_ROOMS = ("learner/trainer/", "learner/warmstart/", "actors/engines/embedded/")
-TORCH_FILES = ("matpo/objective.py", "learner/smollm2.py", "actors/engines/sglang/sender.py")
+TORCH_ROOMS = ("matpo/objective/", "learner/trainer/", "learner/warmstart/", "actors/engines/embedded/")
+TORCH_FILES = ("learner/smollm2.py", "actors/engines/sglang/sender.py")
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
 

@@ -125,6 +125,7 @@ def shared_step(training: Training, taken: StepInput, config: Config, step: int,
         step=step,
         steps=config.run.steps,
         reference=training.reference,
+        ranks=ranks,
     )
     return merged([StepReport.from_json(part) for part in ranks.gather(mine.to_json())])
 

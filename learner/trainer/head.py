@@ -52,6 +52,13 @@ class Scores:
     logp_T: Tensor
     entropy_T: Tensor
     """Of the distribution the token was drawn from, in nats."""
+    slope_T: Tensor
+    """Derivative of the weighted loss in log π; 0 where no loss was taken."""
+
+    @classmethod
+    def empty(cls, batch: MicroBatch) -> Scores:
+        """To be filled in."""
+        return cls(*(torch.zeros_like(batch.behaviour_T) for _ in range(3)))
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
@@ -62,7 +69,7 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 
 def score(head: Head, hidden_NE: Tensor, batch: MicroBatch) -> Scores:
     """Score the micro-batch's tokens; no gradient."""
-    scores = Scores(torch.empty_like(batch.behaviour_T), torch.empty_like(batch.behaviour_T))
+    scores = Scores.empty(batch)
     with torch.no_grad():
         for chunk in _chunks(head, hidden_NE, batch):
             scores.logp_T[chunk.sampled] = chunk.logp_C[chunk.which]
@@ -77,7 +84,7 @@ def score_and_backward(head: Head, hidden_NE: Tensor, batch: MicroBatch, loss: C
     """
     hidden_grad_NE = torch.zeros_like(hidden_NE, dtype=torch.float32)
     weight_grad_VE, bias_grad_V = _grad(head.weight), None if head.bias is None else _grad(head.bias)
-    scores = Scores(torch.empty_like(batch.behaviour_T), torch.empty_like(batch.behaviour_T))
+    scores = Scores.empty(batch)
     for chunk in _chunks(head, hidden_NE, batch):
         grad_CV = _logit_gradient(chunk, loss, scores).to(head.dtype)
         hidden_grad_NE.index_add_(0, chunk.predictor_C, (grad_CV @ chunk.weight_VE).float())
@@ -171,17 +178,22 @@ def _logit_gradient(chunk: _Chunk, loss: ChunkLoss, scores: Scores) -> Tensor:
     z: logits after the temperature. ∂ log π(y) / ∂z_v = [v = y] − π(v); ∂ H / ∂z_v = −π(v) (log π(v) + H).
     """
     with torch.enable_grad():
-        logp_C, entropy_C = chunk.logp_C.requires_grad_(), chunk.entropy_C.requires_grad_()
-        logp_T, entropy_T = logp_C[chunk.which], entropy_C[chunk.which]
+        logp_T, entropy_T = (one_C[chunk.which].requires_grad_() for one_C in (chunk.logp_C, chunk.entropy_C))
         total = loss(logp_T, entropy_T, chunk.sampled)
-        slope_C, bonus_C = torch.autograd.grad(total, (logp_C, entropy_C), allow_unused=True)
+        slope_T, bonus_T = torch.autograd.grad(total, (logp_T, entropy_T), allow_unused=True)
     scores.logp_T[chunk.sampled], scores.entropy_T[chunk.sampled] = logp_T.detach(), entropy_T.detach()
-    slope_C = slope_C / chunk.temperature_C
-    if bonus_C is None:
+    scores.slope_T[chunk.sampled] = slope_T
+
+    def summed(one_T: Tensor) -> Tensor:
+        """Over the sampled tokens that share a scored one, in terms of logits."""
+        return torch.zeros_like(chunk.logp_C).index_add_(0, chunk.which, one_T) / chunk.temperature_C
+
+    slope_C = summed(slope_T)
+    if bonus_T is None:
         grad_CV = chunk.probability_CV.mul_(-slope_C[:, None])
     else:
-        factor_CV = chunk.log_probability_CV.add_(entropy_C.detach()[:, None])
-        factor_CV.mul_((bonus_C / chunk.temperature_C)[:, None]).add_(slope_C[:, None])
+        factor_CV = chunk.log_probability_CV.add_(chunk.entropy_C[:, None])
+        factor_CV.mul_(summed(bonus_T)[:, None]).add_(slope_C[:, None])
         grad_CV = chunk.probability_CV.mul_(factor_CV.neg_())
     grad_CV[torch.arange(len(slope_C), device=grad_CV.device), chunk.target_C] += slope_C
     return grad_CV

@@ -37,6 +37,8 @@ class MicroBatch:
     role_T: Tensor
     """Index into `roles`."""
     roles: tuple[str, ...]
+    trajectory_T: Tensor
+    """Which of the micro-batch's trajectories each sampled token belongs to."""
     computed: Work
     """What it takes."""
     packed: Work
@@ -98,6 +100,7 @@ def micro_batch(samples: Sequence[Sample], device: torch.device) -> MicroBatch:
         weight_T=per_token([sample.weight for sample in samples]),
         role_T=torch.from_numpy(np.repeat(np.array(of_role, np.int64), counts)[order_T]).to(device),
         roles=roles,
+        trajectory_T=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)[order_T]).to(device),
         computed=Work(len(trie.tokens), int(trie.positions.sum()) + len(trie.tokens), len(scored_KX[0])),
         packed=packed_work(map(len, inputs), len(scored_T)),
         padded=padded_work(np.array([len(tokens) for tokens in inputs]), len(scored_T)),

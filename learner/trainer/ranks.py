@@ -45,6 +45,13 @@ class Ranks:
             dist.all_reduce(together, dist.ReduceOp.MAX)
         return [float(value) for value in together]
 
+    def total(self, values: Sequence[float]) -> list[float]:
+        """The sum of each value over all ranks."""
+        together = torch.tensor(values, dtype=torch.float64)
+        if self.count > 1:
+            dist.all_reduce(together)
+        return [float(value) for value in together]
+
     def share(self, parts: Sequence[bytes | memoryview] | None) -> list[memoryview]:
         """What the first rank gives, on every rank; the others give None."""
         if self.count == 1:

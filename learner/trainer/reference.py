@@ -35,7 +35,7 @@ def load_reference(config: Config, policy: Policy, ranks: Ranks = ALONE) -> Refe
 
         def base(batch: MicroBatch) -> Tensor:
             with adapter.disabled():
-                return _scores(policy, batch)
+                return log_probabilities(policy, batch)
 
         return base
     folder = objective.reference or model_folder(config.model)
@@ -45,10 +45,11 @@ def load_reference(config: Config, policy: Policy, ranks: Ranks = ALONE) -> Refe
             f"learner.objective.reference {str(objective.reference)!r} has {frozen.vocabulary} tokens, the trained"
             f" model {policy.vocabulary}; give a model with the same tokenizer"
         )
-    return partial(_scores, frozen)
+    return partial(log_probabilities, frozen)
 
 
-def _scores(model: Policy, batch: MicroBatch) -> Tensor:
+def log_probabilities(model: Policy, batch: MicroBatch) -> Tensor:
+    """log π of each sampled token, without gradient."""
     with torch.no_grad():
         hidden_NE = model.hidden(batch.tokens_N, batch.positions_N, batch.plan)
     with whole_head(model.head) as head:

@@ -12,7 +12,9 @@ from torch import Tensor
 from learner.trainer.costs import Work
 from learner.trainer.model import Policy
 from learner.trainer.pack import MicroBatch
-from matpo.objective import PolicyReport, merged_policy, policy_report, reference_kl
+from learner.trainer.ranks import Ranks
+from matpo.objective.chosen import reference_kl
+from matpo.objective.report import PolicyReport, merged_policy, policy_report
 from protocols.records import Record
 
 
@@ -47,7 +49,10 @@ class StepReport(WorkReport):
     """Σ w ℓ over the step's sampled tokens."""
     grad_norm: float
     """Before clipping, of the first optimizer step."""
+    gradient_cosine: float | None
+    """Of the gradient with the running mean of those before it (Adam's first moment)."""
     lr: float
+    """Of the first optimizer step."""
     updates: int
     """Optimizer steps taken; fewer than configured when a gradient was not finite or nothing was sampled."""
     recomputed_micro_batches: int
@@ -78,7 +83,7 @@ def merged(reports: Sequence[StepReport]) -> StepReport:
     """The report of a step from those of its ranks, each of its own micro-batches."""
     if len(reports) == 1:
         return reports[0]
-    figures = [report.model_dump(exclude={"reference_kl", "roles"}) for report in reports]
+    figures = [report.model_dump(exclude={"gradient_cosine", "reference_kl", "roles"}) for report in reports]
     summed = {"loss", "recomputed_micro_batches", *WorkReport.model_fields}
     # The others are the same on all ranks, or the slowest and the fullest rank counts.
     whole = {name: (sum if name in summed else max)(one[name] for one in figures) for name in figures[0]}
@@ -86,6 +91,7 @@ def merged(reports: Sequence[StepReport]) -> StepReport:
     roles = sorted({role for report in reports for role in report.roles})
     return StepReport(
         **whole,
+        gradient_cosine=reports[0].gradient_cosine,
         reference_kl=sum(kl * n for kl, n in apart) / sum(n for _, n in apart) if apart else None,
         roles={role: merged_policy([r.roles[role] for r in reports if role in r.roles]) for role in roles},
     )
@@ -99,6 +105,7 @@ class Pass:
     logp: list[Tensor] = field(default_factory=list)
     entropy: list[Tensor] = field(default_factory=list)
     masked: list[Tensor] = field(default_factory=list)
+    slope: list[Tensor] = field(default_factory=list)
     recomputed: int = 0
     forward_s: float = 0.0
     backward_s: float = 0.0
@@ -122,6 +129,15 @@ def work_report(batches: Sequence[MicroBatch], policy: Policy) -> WorkReport:
         packed_flops=shape.flops(packed),
         padded_flops=shape.flops(padded),
     )
+
+
+def effective_share(batches: Sequence[MicroBatch], done: Pass, ranks: Ranks) -> float:
+    """(Σ R)² / (T Σ R²) over the sampled tokens of all ranks; 1 without any."""
+    ratios = [(logp_T - batch.behaviour_T).double().exp() for logp_T, batch in zip(done.logp, batches, strict=True)]
+    own = [sum(values) for values in zip(*((len(r), r.sum().item(), r.square().sum().item()) for r in ratios),
+                                         strict=True)] or [0.0] * 3  # fmt: skip
+    count, total, squares = ranks.total(own)
+    return total * total / (count * squares) if count and squares else 1.0
 
 
 def mean_reference_kl(done: Pass, reference: Sequence[Tensor]) -> float | None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from learner.trainer.plan import Sample
-from matpo.config import Objective
-from matpo.objective import token_loss
+from matpo.config import M2po, Objective
+from matpo.objective.chosen import token_loss
+from matpo.objective.tokens import Tokens
 
 VOCABULARY = 13
 Family = Literal["llama", "qwen3"]
@@ -59,6 +60,27 @@ def sample(tokens: Sequence[int], sampled: Sequence[int], *, seed: int = 0, role
     )
 
 
+def eager_logp(model: PreTrainedModel | PeftModel, one: Sample) -> Tensor:
+    """log π of each sampled token by the model's own forward pass."""
+    tokens = torch.from_numpy(one.tokens).long()
+    logits = model(tokens[None]).logits[0, :-1].float() / one.temperature
+    chosen = torch.from_numpy(one.sampled)[1:]
+    return logits.log_softmax(-1)[chosen].gather(1, tokens[1:][chosen][:, None]).squeeze(1)
+
+
+def outliers_aside(
+    model: PreTrainedModel | PeftModel, samples: Sequence[Sample], threshold: float
+) -> dict[int, Tensor]:
+    """Per sample, the tokens that stay when the largest (log ρ)² of all go one by one until their mean is small."""
+    with torch.no_grad():
+        squares = [(eager_logp(model, one) - torch.from_numpy(one.behaviour)).square().tolist() for one in samples]
+    left = sorted(value for one in squares for value in one)
+    while left and sum(left) / len(left) > threshold:
+        left.pop()
+    limit = left[-1] if left else -1.0
+    return {number: torch.tensor([value <= limit for value in one]) for number, one in enumerate(squares)}
+
+
 def reference_gradient(
     model: PreTrainedModel | PeftModel, samples: Sequence[Sample], objective: Objective
 ) -> tuple[float, dict[str, Tensor]]:
@@ -66,17 +88,18 @@ def reference_gradient(
     for parameter in model.parameters():
         parameter.grad = None
     whole = 0.0
-    for one in samples:
-        tokens = torch.from_numpy(one.tokens).long()
-        logits = model(tokens[None]).logits[0, :-1].float() / one.temperature
-        chosen = torch.from_numpy(one.sampled)[1:]
-        logp_T = logits.log_softmax(-1)[chosen].gather(1, tokens[1:][chosen][:, None]).squeeze(1)
+    kept = outliers_aside(model, samples, objective.threshold) if isinstance(objective, M2po) else {}
+    for number, one in enumerate(samples):
+        logp_T = eager_logp(model, one)
         terms = token_loss(
             objective,
-            logp_T,
-            old_logp_T=None,
-            behaviour_T=torch.from_numpy(one.behaviour),
-            advantage_T=torch.full_like(logp_T, one.advantage),
+            Tokens(
+                logp_T,
+                behaviour_T=torch.from_numpy(one.behaviour),
+                advantage_T=torch.full_like(logp_T, one.advantage),
+                drift_T=(logp_T.detach() - torch.from_numpy(one.behaviour)).mean().expand_as(logp_T),
+                kept_T=kept.get(number),
+            ),
         )
         loss = one.weight * terms.loss_T.sum()
         torch.autograd.backward(loss)

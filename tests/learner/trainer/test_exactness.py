@@ -16,9 +16,11 @@ from torch import Tensor
 from learner.trainer import head
 from learner.trainer.intake import prepare
 from learner.trainer.model import Policy
+from learner.trainer.outliers import kept_tokens
 from learner.trainer.pack import pack
 from learner.trainer.plan import Sample
-from learner.trainer.step import accumulate
+from learner.trainer.ranks import ALONE
+from learner.trainer.step import Fixed, accumulate
 from matpo.config import Config, Dppo, Learner, Objective, Tis
 from matpo.credit.chosen import advantages
 from matpo.weighting import token_weights
@@ -59,7 +61,8 @@ def relative_difference(ours: dict[str, Tensor], reference: dict[str, Tensor]) -
 def gradient(
     policy: Policy, rows: Sequence[Sample], objective: Objective, limit: int
 ) -> tuple[float, dict[str, Tensor]]:
-    done = accumulate(policy, pack(rows, limit_tokens=limit, device=CPU), objective)
+    batches = pack(rows, limit_tokens=limit, device=CPU)
+    done = accumulate(policy, batches, objective, Fixed(kept=kept_tokens(policy, batches, objective, ALONE)))
     return done.loss, {name: p.grad.clone() for name, p in policy.parameters.items() if p.grad is not None}
 
 
@@ -129,9 +132,8 @@ def test_every_objective_under_every_weighting_equals_one_by_one_training(
     rows = samples_of(trees, config.learner)
     expected_loss, expected = reference_gradient(tiny_model("qwen3"), rows, objective)
     policy = Policy.of(tiny_model("qwen3"), config.learner)
-    done = accumulate(
-        policy, prepare(trees, config, current=0, shape=policy.shape, device=CPU).micro_batches, objective
-    )
+    batches = prepare(trees, config, current=0, shape=policy.shape, device=CPU).micro_batches
+    done = accumulate(policy, batches, objective, Fixed(kept=kept_tokens(policy, batches, objective, ALONE)))
     found = {name: p.grad for name, p in policy.parameters.items() if p.grad is not None}
     assert done.loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
     assert relative_difference(found, expected) < 1e-5

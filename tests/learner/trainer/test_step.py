@@ -17,7 +17,7 @@ from learner.trainer.plan import Sample
 from learner.trainer.publish import to_weights
 from learner.trainer.report import StepReport
 from learner.trainer.setup import make_deterministic
-from learner.trainer.step import accumulate, learning_rate, make_optimizer, train_step
+from learner.trainer.step import Fixed, accumulate, learning_rate, make_optimizer, train_step
 from matpo.config import Config, Decoupled, Dppo, Learner, Tis
 from matpo.errors import UserError
 from protocols.codec import encode_tree
@@ -79,7 +79,7 @@ def test_a_later_optimizer_step_of_a_batch_measures_against_the_policy_at_the_st
     first = accumulate(policy, batches, Decoupled())
     with torch.no_grad():
         policy.parameters["model.layers.0.mlp.up_proj.weight"].mul_(3.0)
-    moved = accumulate(policy, batches, Decoupled(), old=first)
+    moved = accumulate(policy, batches, Decoupled(), Fixed(old=first.logp))
     (behaviour, weight, advantage) = (batches[0].behaviour_T, batches[0].weight_T, batches[0].advantage_T)
     ratio = (moved.logp[0] - first.logp[0]).exp()
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)

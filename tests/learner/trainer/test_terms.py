@@ -12,7 +12,7 @@ from torch import Tensor
 from learner.trainer.model import Policy
 from learner.trainer.pack import MicroBatch, pack
 from learner.trainer.reference import load_reference
-from learner.trainer.step import accumulate, make_optimizer, train_step
+from learner.trainer.step import Fixed, accumulate, make_optimizer, train_step
 from matpo.config import Clip, Config, Dppo, Learner, Lora, Objective, Tis
 from matpo.errors import UserError
 from tests.learner.trainer import test_step
@@ -59,7 +59,7 @@ def test_terms_have_the_gradient_autograd_gives_through_whole_logits(
     batches = pack(rows, limit_tokens=60, device=CPU)
     expected = direct_gradient(policy, batches, objective, other)
     reference = [score_whole(other, batch) for batch in batches]
-    accumulate(policy, batches, objective, reference=reference)
+    accumulate(policy, batches, objective, Fixed(reference=reference))
     found = {name: p.grad for name, p in policy.parameters.items() if p.grad is not None}
     assert relative_difference(found, expected) < 1e-5
 
