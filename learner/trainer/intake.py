@@ -13,6 +13,7 @@ from learner.trainer.plan import Sample
 from learner.trainer.ranks import ALONE, Ranks
 from matpo.config import Config
 from matpo.credit.chosen import TreeAdvantages, advantages
+from matpo.diagnostics import RolePlay, role_plays
 from matpo.freshness import distance
 from matpo.weighting import TreeWeights, token_weights
 from protocols.codec import decode_tree
@@ -46,6 +47,8 @@ class IntakeReport(Record):
     staleness_mean: float
     """Optimizer steps between the weights about to be trained and the oldest that sampled the tree."""
     staleness_max: int
+    role_plays: dict[str, RolePlay]
+    """Of every role that played, in trees that were not filtered as defective."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,6 +178,7 @@ def _report(groups: Sequence[EpisodeGroup], filtered: int, trajectories: int, cu
         all_pass_groups=_mean([float(min(group) >= 1) for group in answers]),
         staleness_mean=_mean([float(age) for age in ages]),
         staleness_max=max(ages, default=0),
+        role_plays=role_plays(groups, current=current),
     )
 
 

@@ -30,4 +30,4 @@ def kept_tokens(policy: Policy, batches: Sequence[MicroBatch], objective: Object
     ]
     kept = second_moment_mask(torch.from_numpy(np.concatenate(everyones)), objective.threshold)
     before = sum(len(part) for part in everyones[: ranks.rank])
-    return list(kept[before : before + len(mine)].to(policy.device).split([len(one) for one in own]))
+    return list(torch.split(kept[before : before + len(mine)].to(policy.device), [len(one) for one in own]))

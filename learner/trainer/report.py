@@ -161,5 +161,6 @@ def role_reports(batches: Sequence[MicroBatch], first: Pass) -> Iterator[tuple[s
                 entropy_T=torch.cat([x[m] for x, m in zip(first.entropy, at, strict=True)]),
                 masked_T=torch.cat([x[m] for x, m in zip(first.masked, at, strict=True)]),
                 advantage_T=torch.cat([b.advantage_T[m] for b, m in zip(batches, at, strict=True)]),
+                slope_T=torch.cat([x[m] for x, m in zip(first.slope, at, strict=True)]),
             ),
         )

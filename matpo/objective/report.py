@@ -28,10 +28,18 @@ class PolicyReport(Record):
     """Mean entropy of π in nats."""
     advantage_mean: float
     advantage_variance: float
+    gradient: float
+    """Σ |∂L/∂log π|; of the sum over roles, a role's part is its share of the gradient."""
 
 
 def policy_report(
-    *, logp_T: Tensor, behaviour_T: Tensor, entropy_T: Tensor, masked_T: Tensor, advantage_T: Tensor
+    *,
+    logp_T: Tensor,
+    behaviour_T: Tensor,
+    entropy_T: Tensor,
+    masked_T: Tensor,
+    advantage_T: Tensor,
+    slope_T: Tensor,
 ) -> PolicyReport:
     """Figures over the T tokens given (T ≥ 1)."""
     log_ratio_T = (logp_T - behaviour_T).double()
@@ -48,6 +56,7 @@ def policy_report(
         entropy=entropy_T.double().mean().item(),
         advantage_mean=advantage_T.mean().item(),
         advantage_variance=advantage_T.var(correction=0).item(),
+        gradient=slope_T.double().abs().sum().item(),
     )
 
 
@@ -72,6 +81,7 @@ def merged_policy(reports: Sequence[PolicyReport]) -> PolicyReport:
         entropy=mean(r.entropy for r in reports),
         advantage_mean=advantage,
         advantage_variance=mean(r.advantage_variance + (r.advantage_mean - advantage) ** 2 for r in reports),
+        gradient=sum(r.gradient for r in reports),
     )
 
 

@@ -63,7 +63,7 @@ def sample(tokens: Sequence[int], sampled: Sequence[int], *, seed: int = 0, role
 def eager_logp(model: PreTrainedModel | PeftModel, one: Sample) -> Tensor:
     """log π of each sampled token by the model's own forward pass."""
     tokens = torch.from_numpy(one.tokens).long()
-    logits = model(tokens[None]).logits[0, :-1].float() / one.temperature
+    logits: Tensor = model(tokens[None]).logits[0, :-1].float() / one.temperature
     chosen = torch.from_numpy(one.sampled)[1:]
     return logits.log_softmax(-1)[chosen].gather(1, tokens[1:][chosen][:, None]).squeeze(1)
 

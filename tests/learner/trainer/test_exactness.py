@@ -71,7 +71,7 @@ OBJECTIVES = [Dppo(tau=0.1), *(kind() for kind in get_args(get_args(Objective)[0
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(rows=samples(), limit=st.sampled_from([1, 7, 20, 1000]))
 def test_loss_and_gradients_equal_one_by_one_eager_training(
     family: Family, objective: Objective, rows: list[Sample], limit: int

@@ -18,7 +18,7 @@ from learner.trainer.publish import to_weights
 from learner.trainer.report import StepReport
 from learner.trainer.setup import make_deterministic
 from learner.trainer.step import Fixed, accumulate, learning_rate, make_optimizer, train_step
-from matpo.config import Config, Decoupled, Dppo, Learner, Tis
+from matpo.config import Config, Decoupled, Dppo, Gspo, Learner, M2po, Objective, Reinforce, Tis
 from matpo.errors import UserError
 from protocols.codec import encode_tree
 from protocols.messages import Batch
@@ -222,3 +222,25 @@ def test_a_batch_survives_the_wire() -> None:
     assert np.array_equal(found[0].trajectories[1].tokens, trees[0].trajectories[1].tokens)
     with pytest.raises(ValueError, match="announces"):
         read_trees(batch, encoded[0])
+
+
+def test_the_ess_guard_takes_smaller_steps_the_fewer_tokens_carry_the_gradient() -> None:
+    rows = random_rows(8, seed=9)
+    _, (report,) = step_once(Learner(lr=1e-3, objective=Tis(), ess_guard=True), rows)
+    share = report.roles["planner"].effective_samples
+    assert 0 < share < 0.9
+    assert report.lr == pytest.approx(1e-3 * share**0.5)
+
+
+@pytest.mark.parametrize("objective", [Decoupled(), M2po(), Gspo(), Tis(sequence_mask=0.1)], ids=lambda o: o.name)
+def test_objectives_that_look_beyond_a_token_take_several_optimizer_steps_per_batch(objective: Objective) -> None:
+    learner = Learner(lr=1e-2, objective=objective, optimizer_steps_per_batch=3)
+    policy, (report,) = step_once(learner, random_rows(8, seed=10))
+    assert report.updates == 3
+    assert digest(policy) != digest(Policy.of(tiny_model("qwen3"), learner))
+
+
+def test_the_same_gradient_again_points_the_way_the_ones_before_it_did() -> None:
+    _, reports = step_once(Learner(lr=1e-6, objective=Reinforce()), random_rows(8, seed=11), steps=3)
+    assert reports[0].gradient_cosine is None
+    assert [r.gradient_cosine for r in reports[1:]] == pytest.approx([1.0, 1.0], abs=1e-3)
