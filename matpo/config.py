@@ -10,7 +10,6 @@ import orjson
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from matpo.attention_config import AttentionChoice, check_attention
-from matpo.collapse_config import Collapse as Collapse
 from matpo.engine_config import EmbeddedEngine as EmbeddedEngine
 from matpo.engine_config import Engine as Engine
 from matpo.engine_config import SglangEngine as SglangEngine
@@ -234,7 +233,6 @@ class Learner(Section):
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     grad_clip: float = Field(default=1.0, gt=0)
-    collapse: Collapse = Collapse()
     ess_guard: bool = False
     """Multiply the rate by sqrt(ESS), the effective share of samples (Σ R)² / (T Σ R²) (VCPO, arXiv 2602.17616)."""
     filter_zero_variance: bool = False
