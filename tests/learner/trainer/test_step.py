@@ -20,6 +20,7 @@ from learner.trainer.setup import make_deterministic
 from learner.trainer.step import Fixed, accumulate, learning_rate, make_optimizer, train_step
 from matpo.config import Config, Decoupled, Dppo, Gspo, Learner, M2po, Objective, Reinforce, Tis
 from matpo.errors import UserError
+from matpo.objective.report import merged_policy
 from protocols.codec import encode_tree
 from protocols.messages import Batch
 from protocols.records import EpisodeTree
@@ -227,7 +228,7 @@ def test_a_batch_survives_the_wire() -> None:
 def test_the_ess_guard_takes_smaller_steps_the_fewer_tokens_carry_the_gradient() -> None:
     rows = random_rows(8, seed=9)
     _, (report,) = step_once(Learner(lr=1e-3, objective=Tis(), ess_guard=True), rows)
-    share = report.roles["planner"].effective_samples
+    share = merged_policy(list(report.roles.values())).effective_samples
     assert 0 < share < 0.9
     assert report.lr == pytest.approx(1e-3 * share**0.5)
 
