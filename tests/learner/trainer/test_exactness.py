@@ -116,7 +116,7 @@ def samples_of(trees: Sequence[EpisodeTree], learner: Learner) -> list[Sample]:
 
 @pytest.mark.parametrize("weighting", get_args(Learner.model_fields["weighting"].annotation))
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(trees=episodes(), limit=st.sampled_from([64, 1000]))
 def test_every_objective_under_every_weighting_equals_one_by_one_training(
     weighting: str, objective: Objective, trees: list[EpisodeTree], limit: int
