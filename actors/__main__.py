@@ -15,6 +15,7 @@ from pathlib import Path
 import anyio
 import structlog
 
+from actors.elsewhere import open_elsewhere
 from actors.engines.opening import open_engine
 from actors.episode import play_episode
 from actors.failure import user_error
@@ -82,7 +83,8 @@ async def run_actor(place: Place) -> None:
         engine = await enter(open_engine(model, config.actor.engine, lora=lora, seed=seed, log=engine_log))
         tools = await enter(open_tools(config, folder / "world"))
         await enter(reported(tools, place.state / "metrics.jsonl", place.actor_id, every_s=welcome.heartbeat_s))
-        stage = Stage.open(config, engine=engine, tools=tools, actor_id=place.actor_id)
+        elsewhere = await enter(open_elsewhere(config))
+        stage = Stage.open(config, engine=engine, tools=tools, actor_id=place.actor_id, elsewhere=elsewhere)
         player = Player(
             lambda lease, episode: play_lease(lease, episode, stage),
             version=lambda: engine.version,

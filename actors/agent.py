@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-
-import anyio
+from functools import partial
 
 from actors.calls import AGENT_SERVER, BadCall, Block, Call, Offer, fault
 from actors.conversation import Conversation
 from actors.engines.engine import EngineFailure, Generation
 from actors.render import Message
 from actors.scene import Run, Scene, fill
+from actors.together import together
 from matpo.config import Sampling
 from protocols.records import INFRASTRUCTURE, Outcome, Status, StopReason, ToolSpan, TurnKind
 
@@ -62,21 +62,23 @@ class Agent:
         self,
         scene: Scene,
         role: str,
-        first_message: str,
+        opening: str | Conversation,
         *,
         parent: tuple[int, int] | None = None,
         subtask: str | None = None,
         delegate: Delegate | None = None,
     ) -> None:
+        """`opening` is the first user message, or the conversation to go on from."""
         self._scene, self._stage = scene, scene.stage
         self._part = scene.part(role)
         self._role = self._part.role
         self._delegate = delegate
-        prompt = self._stage.renderer.first(self._part.opening, first_message)
-        self.run = Run(role, parent, Conversation.begin(role, prompt), subtask)
+        if isinstance(opening, str):
+            opening = Conversation.begin(role, self._stage.renderer.first(self._part.opening, opening))
+        self.run = Run(role, parent, opening, subtask)
         self.index = scene.join(self.run)
         self._limit = min(self._role.max_context_tokens, self._stage.config.actor.engine.max_context_tokens)
-        self._depth = scene.depth(parent)
+        self._depth = scene.depth(self.index)
         self._outage = False
         self._unread: list[_Entry] = []
 
@@ -92,6 +94,16 @@ class Agent:
             run.final, status = None, "engine_failure"
         run.status = "tool_failure" if self._outage and status != "engine_failure" else status
         return self._report()
+
+    def again(self, message: str) -> Agent:
+        """The same agent's next act, opened by a user message: a trajectory of its own, which follows this one.
+
+        All that was seen and said before is its prompt, so that every act can be credited for itself.
+        """
+        run = self.run
+        talk = run.talk.fork()
+        talk.append("instruction", self._stage.renderer.follow(run.talk.last_sampled, [Message("user", message)])[0])
+        return Agent(self._scene, run.role, talk, parent=(self.index, len(run.talk.turns) - 1), delegate=self._delegate)
 
     async def _turns(self, reserve: int) -> Status:
         """The turn loop. Leaves the final message in the run, if there is one."""
@@ -137,17 +149,7 @@ class Agent:
     async def _perform(self, blocks: Sequence[Block]) -> list[_Entry]:
         """Run the calls of one message side by side; the results come back in the order of the calls."""
         turn = len(self.run.talk.turns) - 1
-        if len(blocks) == 1:
-            return [await self._answer(blocks[0], turn, 0)]
-        answers: dict[int, _Entry] = {}
-
-        async def answer(number: int, block: Block) -> None:
-            answers[number] = await self._answer(block, turn, number)
-
-        async with anyio.create_task_group() as tasks:
-            for number, block in enumerate(blocks):
-                tasks.start_soon(answer, number, block, name=f"call {self.index}.{turn}.{number}")
-        return [answers[number] for number in range(len(blocks))]
+        return await together([partial(self._answer, block, turn, number) for number, block in enumerate(blocks)])
 
     async def _answer(self, block: Block, turn: int, number: int) -> _Entry:
         """Run one call, or say why not; either way a span records it."""

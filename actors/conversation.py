@@ -66,6 +66,12 @@ class Conversation:
             )
         self.append(kind, prompt[self._length :], call_id=call_id)
 
+    def fork(self) -> Conversation:
+        """Another conversation, whose prompt is all of this one: what was sampled here is given there."""
+        talk = Conversation(self.role)
+        talk.append("prompt", self.tokens)
+        return talk
+
     def trajectory(self, *, parent: tuple[int, int] | None, status: Status) -> Trajectory:
         """The finished record."""
         sampled = np.zeros(self._length, dtype=np.bool_)

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
-from typing import Literal
 
 import anyio
 import numpy as np
 
 from actors.scene import Run, Scene, Stage
-from actors.workflows.planner_worker import planner_worker
-from actors.workflows.single_agent import single_agent
+from actors.workflows.played import played
 from matpo.rewards.performance import Performance, Play
-from matpo.rewards.score import score
 from protocols.messages import Purpose
 from protocols.records import EpisodeTree, Task, ToolSpan
-
-Workflow = Callable[[Scene], Awaitable[None]]
-WORKFLOWS: Mapping[Literal["planner_worker", "single_agent"], Workflow] = {
-    "planner_worker": planner_worker,
-    "single_agent": single_agent,
-}
 
 
 async def play_episode(
@@ -34,11 +24,13 @@ async def play_episode(
     reward None; it raises nothing. Cancelling the call from outside cancels the episode and nothing is returned.
     """
     settings = stage.config.episode
+    answer: float | None = None
     with closing(Scene(stage, task, purpose, group_id=group_id)) as scene, anyio.move_on_after(settings.timeout_s):
-        await WORKFLOWS[settings.workflow](scene)
+        answer = await played(scene)
     trajectories = tuple(run.talk.trajectory(parent=run.parent, status=run.status) for run in scene.runs)
     used = sorted({version for trajectory in trajectories for version in np.unique(trajectory.versions).tolist()})
     play = Play(task, tuple(_performance(run, index, scene.spans) for index, run in enumerate(scene.runs)))
+    rewards = await stage.score(play, answer)
     return EpisodeTree(
         tree_id=uuid.uuid4().hex,
         group_id=group_id,
@@ -47,14 +39,17 @@ async def play_episode(
         actor_id=stage.actor_id,
         task=task,
         trajectories=trajectories,
-        rewards=score(play, stage.config.rewards),
+        rewards=rewards,
         weights=stage.stamps(used),
         tool_spans=tuple(scene.spans),
         started_at=scene.started_at,
         seconds=scene.elapsed_s,
+        earned=scene.earned,
+        joints=tuple(scene.joints),
     )
 
 
 def _performance(run: Run, index: int, spans: list[ToolSpan]) -> Performance:
     calls = tuple(span for span in spans if span.trajectory == index)
-    return Performance(run.role, run.status, run.final, run.subtask, tuple(run.results), calls)
+    turns = sum(turn.kind == "sampled" for turn in run.talk.turns)
+    return Performance(run.role, run.status, run.final, run.subtask, tuple(run.results), calls, run.parent, turns)

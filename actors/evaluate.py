@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from actors.elsewhere import open_elsewhere
 from actors.engines.folder import read_model_weights
 from actors.engines.opening import open_engine
 from actors.episode import play_episode
@@ -92,8 +93,9 @@ async def play_all(
         async with (
             open_engine(model, config.actor.engine, lora=lora, seed=config.run.seed) as engine,
             open_tools(config, Path(folder)) as tools,
+            open_elsewhere(config) as elsewhere,
         ):
-            stage = Stage.open(config, engine=engine, tools=tools, actor_id="eval")
+            stage = Stage.open(config, engine=engine, tools=tools, actor_id="eval", elsewhere=elsewhere)
             try:
                 await engine.load(weights, version=0)
             except ValueError as error:

@@ -156,6 +156,10 @@ class Renderer:
         edges = [already, *(max(already, cut) for cut in cuts), len(ids)]
         return [ids[a:b] for a, b in pairwise(edges)]
 
+    def said(self, content: str) -> Tokens:
+        """An assistant turn that somebody else wrote, up to its closing text."""
+        return self._encoded(self._tame(content))
+
     def text(self, sampled: Tokens) -> str:
         """The message in sampled tokens, without the end of its turn."""
         ids: list[int] = sampled.tolist()

@@ -12,15 +12,20 @@ from pydantic import JsonValue
 
 from actors.calls import AGENT_SERVER, FORMATS, CallFormat, Offer, function_schema
 from actors.conversation import Conversation
+from actors.elsewhere import NOBODY, Elsewhere
 from actors.engines.engine import Engine
 from actors.render import Opening, Renderer
 from actors.tools.plane import ToolResult, ToolSpec
 from matpo.config import Config, Role, Sampling
 from matpo.errors import UserError
+from matpo.rewards.measure import Measure
+from matpo.rewards.score import Scorer
+from matpo.rewards.verdict import UNKNOWN, Verdict
+from matpo.rewards_config import SANDBOXED
 from protocols.messages import Purpose
-from protocols.records import Status, Task, ToolSpan, WeightStamp
+from protocols.records import INFRASTRUCTURE, Joint, Status, Task, ToolSpan, WeightStamp
 
-_PLACE = re.compile(r"\{(question|subtask|report|tools)\}")
+_PLACE = re.compile(r"\{([a-z]+)\}")
 
 
 def fill(template: str, **values: str) -> str:
@@ -67,23 +72,51 @@ class Part:
 class Stage:
     """The engine, the tools, the tokenizer and the roles that every episode of this actor uses."""
 
-    def __init__(self, config: Config, *, engine: Engine, tools: Toolbox, renderer: Renderer, actor_id: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        engine: Engine,
+        tools: Toolbox,
+        renderer: Renderer,
+        actor_id: str,
+        elsewhere: Elsewhere = NOBODY,
+    ) -> None:
         self.config = config
         self.engine = engine
         self.tools = tools
         self.renderer = renderer
         self.actor_id = actor_id
         self.calls: CallFormat = FORMATS[config.episode.call_format]
+        self.elsewhere = elsewhere
+        self.measure = Measure(config.rewards, chat=elsewhere.judge)
+        self.score = Scorer(config.rewards)
+        self.code_tool = self._code_tool()
         self._parts: dict[tuple[str, frozenset[str], Purpose], Part] = {}
-        if config.episode.workflow == "single_agent" and (peers := config.episode.roles[config.episode.root].delegates):
-            raise UserError(f"episode.workflow single_agent has nobody to delegate to; empty delegates = {list(peers)}")
         for name in config.episode.roles:
             self.part(name, hidden=frozenset(), purpose="train")
 
     @classmethod
-    def open(cls, config: Config, *, engine: Engine, tools: Toolbox, actor_id: str) -> Self:
-        """Load the tokenizer and check roles, templates and tools; `UserError` names what does not fit."""
-        return cls(config, engine=engine, tools=tools, renderer=Renderer.load(config.model), actor_id=actor_id)
+    def open(
+        cls, config: Config, *, engine: Engine, tools: Toolbox, actor_id: str, elsewhere: Elsewhere = NOBODY
+    ) -> Self:
+        """Load the tokenizer and check roles, templates, tools and rewards; `UserError` names what does not fit."""
+        renderer = Renderer.load(config.model)
+        return cls(config, engine=engine, tools=tools, renderer=renderer, actor_id=actor_id, elsewhere=elsewhere)
+
+    def _code_tool(self) -> str | None:
+        """The model-facing name of the tool that runs code for the reward; None where none does."""
+        rewards = self.config.rewards
+        if rewards.answer not in SANDBOXED:
+            return None
+        try:
+            found = self.tools.specs([rewards.code_tool])
+        except UserError as error:
+            raise UserError(f"rewards.code_tool: {error}") from error
+        if len(found) != 1:
+            names = [spec.name for spec in found]
+            raise UserError(f"rewards.code_tool = {rewards.code_tool!r} must name one tool, not {names}")
+        return found[0].name
 
     def stamps(self, versions: Sequence[int]) -> tuple[WeightStamp, ...]:
         """The digests of the weights that sampled an episode's tokens."""
@@ -165,6 +198,8 @@ class Scene:
         self.group_id = group_id
         self.runs: list[Run] = []
         self.spans: list[ToolSpan] = []
+        self.joints: list[Joint] = []
+        self._earned: dict[int, float | None] = {}
         self.started_at = time.time()
         self._began = time.monotonic()
         self._hidden = frozenset(name for fixed in task.tool_arguments.values() for name in fixed)
@@ -187,10 +222,32 @@ class Scene:
         self.runs.append(run)
         return len(self.runs) - 1
 
-    def depth(self, parent: tuple[int, int] | None) -> int:
-        """How many agents stand above one that is called from `parent`."""
-        above = 0
-        while parent is not None:
-            above += 1
-            parent = self.runs[parent[0]].parent
+    def depth(self, index: int) -> int:
+        """How many callers stand above an agent."""
+        run = self.runs[index]
+        above = int(run.subtask is not None)
+        while run.parent is not None:
+            run = self.runs[run.parent[0]]
+            above += run.subtask is not None
         return above
+
+    def earn(self, index: int, score: float | None) -> None:
+        """Say what the act of an agent was worth."""
+        self._earned[index] = score
+
+    @property
+    def earned(self) -> tuple[float | None, ...]:
+        """One per agent, or empty if nobody's acts were scored."""
+        return tuple(self._earned.get(index) for index in range(len(self.runs))) if self._earned else ()
+
+    async def appraise(self, *runs: Run) -> Verdict:
+        """What the final messages of these agents are worth together; unknown if one broke off or called in vain."""
+        if any(run.status in INFRASTRUCTURE for run in runs):
+            return UNKNOWN
+        return await self.stage.measure(self.task, tuple(run.final or "" for run in runs), self._run_code)
+
+    async def _run_code(self, program: str) -> str | None:
+        """The reward's sandbox: a tool call that is in no agent's conversation."""
+        assert self.stage.code_tool is not None, "only measures that run code ask for it"
+        answer = await self.tools.call(self.stage.code_tool, {"code": program}, fixed={})
+        return None if answer.outcome == "infrastructure" else answer.text

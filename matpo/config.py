@@ -10,6 +10,7 @@ import orjson
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from matpo.attention_config import AttentionChoice, check_attention
+from matpo.endpoint_config import Endpoint as Endpoint
 from matpo.engine_config import EmbeddedEngine as EmbeddedEngine
 from matpo.engine_config import Engine as Engine
 from matpo.engine_config import SglangEngine as SglangEngine
@@ -26,11 +27,13 @@ from matpo.objective_config import Objective as Objective
 from matpo.objective_config import Reinforce as Reinforce
 from matpo.objective_config import Tis as Tis
 from matpo.objective_config import Topr as Topr
+from matpo.rewards_config import Rewards as Rewards
 from matpo.section import Section
 from matpo.tools_config import McpServer as McpServer
 from matpo.tools_config import ServerExtras as ServerExtras
 from matpo.tools_config import Tools as Tools
 from matpo.weights_config import ActorWeights as ActorWeights
+from matpo.workflow_config import PlannerWorker, SingleAgent, Workflow, cast
 
 
 class Sampling(Section):
@@ -129,14 +132,23 @@ class Role(Section):
     report_message: str = "{report}"
     """The user message that carries a report back to its caller."""
     tool_result_limit_characters: int = Field(default=20_000, ge=1)
+    endpoint: Endpoint | None = None
+    """Another model plays this role, which is thereby frozen: it has no tools, and none of its tokens are trained."""
+
+    @model_validator(mode="after")
+    def _plain_elsewhere(self) -> Role:
+        if self.endpoint is not None and (self.tools or self.delegates or self.summary != "never"):
+            raise ValueError("a role with an endpoint has no tools, delegates or summary; remove them")
+        return self
 
 
 class Episode(Section):
     """How agents interact."""
 
-    workflow: Literal["planner_worker", "single_agent"] = "planner_worker"
+    workflow: Workflow = PlannerWorker()
+    """The topology, by its name or with its settings: { kind = "magrpo", agents = [...] } (docs/topologies.md)."""
     root: str = "planner"
-    """The role that gets the question and whose final answer is scored."""
+    """`planner_worker`, `single_agent`: the role that gets the question and whose final answer is scored."""
     roles: dict[str, Role]
     call_format: Literal["json", "xml"] = "json"
     """Hermes/Qwen JSON in <tool_call> tags, or MATPO's <use_mcp_tool> XML."""
@@ -145,14 +157,27 @@ class Episode(Section):
     timeout_s: float = Field(default=600.0, gt=0)
     """An episode that lasts longer is cancelled and masked."""
 
+    @field_validator("workflow", mode="before")
+    @classmethod
+    def _by_name(cls, value: object) -> object:
+        """A workflow whose defaults do may be given by its name."""
+        return {"kind": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _roles_exist(self) -> Episode:
-        if self.root not in self.roles:
+        rooted = isinstance(self.workflow, PlannerWorker | SingleAgent)
+        if rooted and self.root not in self.roles:
             raise ValueError(f"episode.root is {self.root!r}, which is not among the roles {sorted(self.roles)}")
+        if not rooted and self.changed("root"):
+            raise ValueError(f"episode.root has no effect with workflow {self.workflow.kind!r}; remove it")
+        if unknown := sorted(set(cast(self.workflow, self.root)) - set(self.roles)):
+            raise ValueError(f"episode.workflow names the roles {unknown}, not among {sorted(self.roles)}")
         for name, role in self.roles.items():
             unknown = sorted(set(role.delegates) - set(self.roles))
             if unknown:
                 raise ValueError(f"episode.roles.{name}.delegates names {unknown}, not among {sorted(self.roles)}")
+            if role.delegates and isinstance(self.workflow, SingleAgent):
+                raise ValueError(f"episode.workflow single_agent has nobody to delegate to; empty delegates of {name}")
         return self
 
 
@@ -271,15 +296,6 @@ class Learner(Section):
     def trees_per_step(self) -> int:
         """Trees one optimizer step consumes when every group is complete."""
         return self.groups_per_step * self.group_size
-
-
-class Rewards(Section):
-    """MATPO's reward: `answer · correct + format_weight · format` (reference: arXiv 2510.04678, code)."""
-
-    answer_weight: float = Field(default=0.9, ge=0)
-    format_weight: float = Field(default=0.1, ge=0)
-    answer: Literal["exact_match", "f1"] = "exact_match"
-    format_only_if_correct: bool = False
 
 
 class Evaluation(Section):

@@ -147,5 +147,6 @@ def test_files_are_read_as_data_and_never_run() -> None:
             )
             if called in unsafe or by_any_name or given.get("trust_remote_code", "False") != "False":
                 broken.append(f"{name(file)}:{node.lineno} calls {called}")
-    allowed = {"tool_servers/code/inside/worker.py"}  # runs generated code, inside its sandbox
+    # These run generated code, inside the sandbox.
+    allowed = {"tool_servers/code/inside/worker.py", "matpo/rewards/inside/harness.py"}
     assert [found for found in broken if found.split(":")[0] not in allowed] == []

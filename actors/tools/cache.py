@@ -6,7 +6,7 @@ import hashlib
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -16,6 +16,7 @@ import orjson
 import structlog
 from pydantic import JsonValue, TypeAdapter
 
+from actors.flights import Flights
 from actors.tools.catalog import schema_hash
 from matpo.errors import UserError
 from protocols.records import Outcome
@@ -58,9 +59,9 @@ class CallCache:
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path) -> Iterator[Self]:
-        """Open or make the file for the length of the block. Raises `UserError`."""
-        with closing(_opened(path)) as database:
+    def open(cls, path: Path, *, option: str = "tools.cache_file") -> Iterator[Self]:
+        """Open or make the file for the length of the block. Raises `UserError`, which names the `option`."""
+        with closing(_opened(path, option)) as database:
             yield cls(database)
 
     def save_listing(self, server: str, tools: Sequence[types.Tool], corpus: str) -> None:
@@ -88,22 +89,13 @@ class CallCache:
         )
 
 
-@dataclass(slots=True)
-class _Flight:
-    """A call that is under way."""
-
-    landed: anyio.Event = field(default_factory=anyio.Event)
-    answer: Answer | None = None
-    """None after landing: whoever made the call was cancelled."""
-
-
 class RecordedTool:
     """The calls of one tool: from the record if they are there, else made (once, whoever asks) and recorded."""
 
     def __init__(self, cache: CallCache, server: str, tool: types.Tool, *, corpus: str) -> None:
         self._cache = cache
         self._facts = (server, tool.name, schema_hash([tool]), corpus)
-        self._flights: dict[bytes, _Flight] = {}
+        self._flights = Flights[Answer]()
 
     async def answer(self, arguments: Mapping[str, JsonValue], ask: Callable[[], Awaitable[Answer]]) -> Answer:
         """The recorded answer, or that of `ask`, which only one of several that ask the same at a time makes.
@@ -112,22 +104,17 @@ class RecordedTool:
         """
         facts = (*self._facts, orjson.dumps(arguments, option=orjson.OPT_SORT_KEYS).decode())
         key = hashlib.sha256(orjson.dumps(facts)).digest()
-        while (flight := self._flights.get(key)) is not None:
-            await flight.landed.wait()
-            if flight.answer is not None:
-                return flight.answer
-        if (text := self._found(key)) is not None:
-            return Answer(text, "ok", recorded=True)
-        flight = self._flights[key] = _Flight()
-        began = anyio.current_time()
-        try:
-            answer = flight.answer = await ask()
-        finally:
-            del self._flights[key]
-            flight.landed.set()
-        if answer.outcome == "ok":
-            self._keep(key, facts, answer.text, anyio.current_time() - began)
-        return answer
+
+        async def found_or_asked() -> Answer:
+            if (text := self._found(key)) is not None:
+                return Answer(text, "ok", recorded=True)
+            began = anyio.current_time()
+            answer = await ask()
+            if answer.outcome == "ok":
+                self._keep(key, facts, answer.text, anyio.current_time() - began)
+            return answer
+
+        return await self._flights.once(key, found_or_asked)
 
     def _found(self, key: bytes) -> str | None:
         try:
@@ -143,7 +130,7 @@ class RecordedTool:
             _log.warning("a call could not be recorded", reason=str(error))
 
 
-def _opened(path: Path) -> sqlite3.Connection:
+def _opened(path: Path, option: str) -> sqlite3.Connection:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         database = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
@@ -155,7 +142,5 @@ def _opened(path: Path) -> sqlite3.Connection:
             database.close()
             raise
     except (OSError, sqlite3.Error) as error:
-        raise UserError(
-            f"tools.cache_file {str(path)!r} cannot be used ({error}); give another or delete it"
-        ) from error
+        raise UserError(f"{option} {str(path)!r} cannot be used ({error}); give another or delete it") from error
     return database

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from actors.agent import Agent, Report
-from actors.scene import Scene, fill
+from actors.scene import Scene
+from actors.workflows.acting import enter
 
 
-async def planner_worker(scene: Scene) -> None:
+async def planner_worker(scene: Scene) -> float | None:
     """The root gets the question; each delegation starts an agent of the role that was named.
 
     A worker reads the main question beside its subtask where its role has `recap` on. Delegations of one message run
-    side by side.
+    side by side. Returns what the root's answer is worth.
     """
-    root, question = scene.stage.config.episode.root, scene.task.question
-    await Agent(scene, root, question, delegate=_Workers(scene)).play()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Workers:
-    """Plays a worker. A function that hands itself on would be a cycle, and keep every episode in memory for long."""
-
-    scene: Scene
-
-    async def __call__(self, role: str, subtask: str, parent: tuple[int, int]) -> Report:
-        settings, question = self.scene.stage.config.episode.roles[role], self.scene.task.question
-        message = fill(settings.first_message, question=question, subtask=subtask) if settings.recap else subtask
-        return await Agent(self.scene, role, message, parent=parent, subtask=subtask, delegate=self).play()
+    root = enter(scene, scene.stage.config.episode.root, scene.task.question)
+    await root.play()
+    return (await scene.appraise(root.run)).score

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from actors.agent import Agent
 from actors.scene import Scene
+from actors.workflows.acting import enter
 
 
-async def single_agent(scene: Scene) -> None:
-    """The root gets the question and answers it alone."""
-    await Agent(scene, scene.stage.config.episode.root, scene.task.question).play()
+async def single_agent(scene: Scene) -> float | None:
+    """The root gets the question and answers it alone. Returns the answer's worth."""
+    root = enter(scene, scene.stage.config.episode.root, scene.task.question)
+    await root.play()
+    return (await scene.appraise(root.run)).score

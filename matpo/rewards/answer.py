@@ -55,6 +55,13 @@ def token_f1(answer: str, references: Sequence[str]) -> float:
     return max((_f1(normalise(answer).split(), normalise(r).split()) for r in references), default=0.0)
 
 
+def cover(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Share of the references that at least one answer names: for agents that divide the work, all at once."""
+    given = {normalise(answer) for answer in answers}
+    wanted = {normalise(reference) for reference in references}
+    return len(given & wanted) / len(wanted)
+
+
 def _f1(given: Sequence[str], wanted: Sequence[str]) -> float:
     shared = sum((Counter(given) & Counter(wanted)).values())
     if shared == 0:

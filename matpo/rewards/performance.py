@@ -16,16 +16,25 @@ class Performance:
     final: str | None
     """Its last message without thinking and tool blocks; None if it never gave one."""
     subtask: str | None
-    """What it was asked to do; None for the root."""
+    """What it was asked to do by the agent that called it; None for one that nobody called."""
     results: tuple[str, ...]
     """Texts its tools returned, in the order they arrived."""
     calls: tuple[ToolSpan, ...]
     """Every call it wrote, refused ones included."""
+    parent: tuple[int, int] | None = None
+    """(agent, turn) that this one was called from or follows."""
+    turns: int = 1
+    """Messages it wrote."""
+
+    @property
+    def broken(self) -> bool:
+        """It broke off for reasons that are not the policy's."""
+        return self.status in INFRASTRUCTURE
 
 
 @dataclass(frozen=True, slots=True)
 class Play:
-    """One finished episode; the root comes first."""
+    """One finished episode; the root, if there is one, comes first."""
 
     task: Task
     agents: tuple[Performance, ...]
@@ -34,6 +43,5 @@ class Play:
     def scorable(self) -> bool:
         """No agent and no call broke off for reasons that are not the policy's."""
         return not any(
-            agent.status in INFRASTRUCTURE or any(call.outcome == "infrastructure" for call in agent.calls)
-            for agent in self.agents
+            agent.broken or any(call.outcome == "infrastructure" for call in agent.calls) for agent in self.agents
         )

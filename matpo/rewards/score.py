@@ -2,36 +2,71 @@
 
 from __future__ import annotations
 
-from matpo.config import Rewards
-from matpo.rewards.answer import exact_match, extract_answer, token_f1
+from collections.abc import Sequence
+
 from matpo.rewards.call_format import format_score
-from matpo.rewards.performance import Play
+from matpo.rewards.cost import critical_steps, spawned
+from matpo.rewards.entry_point import PlayFunction, play_function, scored
+from matpo.rewards.performance import Performance, Play
 from matpo.rewards.reading import reading
+from matpo.rewards_config import Rewards
 
-PARTS = ("answer", "format", "format_planner", "format_worker", "reading", "total")
+PARTS = ("answer", "format", "format_planner", "format_worker", "reading", "steps", "spawned", "total")
 
 
-def score(play: Play, rewards: Rewards) -> dict[str, float | None]:
-    """Reward parts by name; all None if infrastructure broke the episode. Only `total` trains the policy.
+class Scorer:
+    """The configured reward of a whole episode."""
 
-    `answer` looks at the root's final message alone: a box in a worker's report does not count. Deviations from MATPO's
-    code: (1) without workers the format score is the planner's, where there it loses half of it, or not, depending on
-    the rest of the batch; (2) `format` punishes blocks that are not closed.
-    """
-    if not play.scorable:
-        return dict.fromkeys(PARTS)
-    root, workers = play.agents[0], play.agents[1:]
-    measure = exact_match if rewards.answer == "exact_match" else token_f1
-    answer = measure(extract_answer(root.final or ""), play.task.answers)
-    planner = format_score(root.calls)
-    worker = sum(format_score(agent.calls) for agent in workers) / len(workers) if workers else None
-    form = planner if worker is None else 0.5 * planner + 0.5 * worker
-    counted = 0.0 if rewards.format_only_if_correct and answer <= 0 else form
-    return {
-        "answer": answer,
-        "format": form,
-        "format_planner": planner,
-        "format_worker": worker,
-        "reading": reading(play),
-        "total": rewards.answer_weight * answer + rewards.format_weight * counted,
-    }
+    def __init__(self, rewards: Rewards) -> None:
+        """Raises `UserError` where a user's function cannot be had."""
+        self._rewards = rewards
+        self._own: dict[str, PlayFunction] = {
+            name: play_function(part.function) for name, part in rewards.parts.items()
+        }
+
+    async def __call__(self, play: Play, answer: float | None) -> dict[str, float | None]:
+        """Reward parts by name. Only `total` trains the policy, where the workflow scores no acts of its own.
+
+        All are None if the answer could not be scored or infrastructure broke the episode; `total` is None where a part
+        that counts is. Deviations from MATPO's code: (1) without workers the format score is the planner's, where there
+        it loses half of it, or not, depending on the rest of the batch; (2) `format` punishes blocks that are not
+        closed.
+        """
+        if answer is None or not play.scorable:
+            return dict.fromkeys((*PARTS[:-1], *self._own, "total"))
+        rewards = self._rewards
+        parts = {"answer": answer, **_format(play), "reading": reading(play)}
+        parts |= {"steps": float(critical_steps(play)), "spawned": float(spawned(play))}
+        for name, function in self._own.items():
+            parts[name] = await scored(rewards.parts[name].function, function(play))
+        weights = {
+            "answer": rewards.answer_weight,
+            "format": 0.0 if rewards.format_only_if_correct and answer <= 0 else rewards.format_weight,
+            "steps": rewards.step_weight,
+            "spawned": rewards.spawn_weight,
+            **{name: part.weight for name, part in rewards.parts.items()},
+        }
+        return parts | {"total": _total(parts, weights)}
+
+
+def _format(play: Play) -> dict[str, float | None]:
+    """Half for those whom nobody called, half for those who were called."""
+    planner = _mean_format([agent for agent in play.agents if agent.subtask is None])
+    worker = _mean_format([agent for agent in play.agents if agent.subtask is not None])
+    assert planner is not None, "somebody began"
+    whole = planner if worker is None else 0.5 * planner + 0.5 * worker
+    return {"format": whole, "format_planner": planner, "format_worker": worker}
+
+
+def _mean_format(agents: Sequence[Performance]) -> float | None:
+    return sum(format_score(agent.calls) for agent in agents) / len(agents) if agents else None
+
+
+def _total(parts: dict[str, float | None], weights: dict[str, float]) -> float | None:
+    total = 0.0
+    for name, weight in weights.items():
+        value = parts[name]
+        if weight and value is None:
+            return None
+        total += weight * (value or 0.0)
+    return total

@@ -255,8 +255,8 @@ async def test_what_one_turn_reads_is_the_last_message_of_the_prompt() -> None:
 
 def test_a_single_agent_that_names_delegates_is_refused() -> None:
     roles = {"solver": {**SOLVER, "delegates": ["solver"]}}
-    with pytest.raises(UserError, match="single_agent has nobody to delegate to"):
-        stage(settings(roles, workflow="single_agent"), says(), tools=SEARCH)
+    with pytest.raises(ValueError, match="single_agent has nobody to delegate to"):
+        settings(roles, workflow="single_agent")
 
 
 def test_a_role_named_like_a_tool_is_refused() -> None:

@@ -56,7 +56,8 @@ async def test_a_good_episode_leaves_a_scored_tree_with_everything_in_it() -> No
     ]
     assert (tree.lease_id, tree.group_id, tree.episode, tree.actor_id) == ("lease", "group", 2, "actor-0")
     assert tree.rewards == {
-        "answer": 1.0, "format": 1.0, "format_planner": 1.0, "format_worker": 1.0, "reading": None, "total": 1.0,
+        "answer": 1.0, "format": 1.0, "format_planner": 1.0, "format_worker": 1.0, "reading": None,
+        "steps": 4.0, "spawned": 1.0, "total": 1.0,
     }  # fmt: skip
     assert tree.weights == (WeightStamp(version=3, digest="digest-3"),)
     assert [(span.trajectory, span.server) for span in tree.tool_spans] == [(1, "search_server"), (0, "agent")]

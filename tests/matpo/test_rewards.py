@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from pydantic import JsonValue
 
 from matpo.config import Rewards
-from matpo.rewards.answer import boxed, exact_match, extract_answer, normalise, token_f1
+from matpo.rewards.answer import boxed, cover, exact_match, extract_answer, normalise, token_f1
 from matpo.rewards.call_format import format_score
+from matpo.rewards.cost import critical_steps, spawned
+from matpo.rewards.measure import Measure
 from matpo.rewards.performance import Performance, Play
 from matpo.rewards.reading import reading
-from matpo.rewards.score import PARTS, score
+from matpo.rewards.score import PARTS, Scorer
 from protocols.records import Outcome, Status, Task, ToolSpan
 
 
@@ -29,8 +33,23 @@ def agent(
     return Performance("role", status, final, subtask, results, calls)
 
 
+def called(final: str, *calls: ToolSpan) -> Performance:
+    """An agent that the first one called."""
+    return replace(agent(final, *calls, subtask="do it"), parent=(0, 1))
+
+
 def play(*agents: Performance, **metadata: JsonValue) -> Play:
     return Play(Task.make("Who?", ("Ann", "Anna"), metadata), agents)
+
+
+async def no_sandbox(program: str) -> str | None:
+    raise AssertionError("nothing here runs code")
+
+
+async def score(play: Play, rewards: Rewards) -> dict[str, float | None]:
+    """The reward of an episode whose root answers."""
+    verdict = await Measure(rewards)(play.task, (play.agents[0].final or "",), no_sandbox)
+    return await Scorer(rewards)(play, verdict.score)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +106,9 @@ def test_format_is_the_share_of_calls_that_were_not_refused_whatever_the_tool_an
     assert format_score([span(), span("", "model_error"), span("web", "model_error"), span("agent")]) == 0.75
 
 
-def test_the_total_is_nine_tenths_answer_and_one_tenth_format_half_planner_half_workers() -> None:
-    rewards = score(
-        play(agent(r"\boxed{ann}", span(), span("", "model_error")), agent("x", span("", "model_error")), agent("y")),
+async def test_the_total_is_nine_tenths_answer_and_one_tenth_format_half_planner_half_workers() -> None:
+    rewards = await score(
+        play(agent(r"\boxed{ann}", span(), span("", "model_error")), called("x", span("", "model_error")), called("y")),
         Rewards(),
     )
     assert rewards["format_planner"] == 0.5 and rewards["format_worker"] == 0.5  # (0 + 1) / 2
@@ -98,28 +117,28 @@ def test_the_total_is_nine_tenths_answer_and_one_tenth_format_half_planner_half_
     assert tuple(rewards) == PARTS
 
 
-def test_without_workers_the_planner_alone_is_the_format_score() -> None:
-    rewards = score(play(agent("wrong")), Rewards())
+async def test_without_workers_the_planner_alone_is_the_format_score() -> None:
+    rewards = await score(play(agent("wrong")), Rewards())
     assert rewards["format_worker"] is None and rewards["total"] == pytest.approx(0.1)
 
 
-def test_a_box_in_a_workers_report_is_not_the_answer() -> None:
-    assert score(play(agent("I do not know"), agent(r"\boxed{Ann}")), Rewards())["answer"] == 0.0
+async def test_a_box_in_a_workers_report_is_not_the_answer() -> None:
+    assert (await score(play(agent("I do not know"), called(r"\boxed{Ann}")), Rewards()))["answer"] == 0.0
 
 
-def test_an_agent_that_ran_out_of_turns_is_wrong_not_unscored() -> None:
-    rewards = score(play(agent(None, status="turn_limit")), Rewards())
+async def test_an_agent_that_ran_out_of_turns_is_wrong_not_unscored() -> None:
+    rewards = await score(play(agent(None, status="turn_limit")), Rewards())
     assert rewards["answer"] == 0.0 and rewards["total"] == pytest.approx(0.1)
 
 
-def test_format_may_count_only_where_the_answer_is_right() -> None:
+async def test_format_may_count_only_where_the_answer_is_right() -> None:
     gated = Rewards(format_only_if_correct=True)
-    assert score(play(agent("wrong")), gated)["total"] == 0.0
-    assert score(play(agent("Ann")), gated)["total"] == pytest.approx(1.0)
+    assert (await score(play(agent("wrong")), gated))["total"] == 0.0
+    assert (await score(play(agent("Ann")), gated))["total"] == pytest.approx(1.0)
 
 
-def test_f1_gives_partial_credit() -> None:
-    assert score(play(agent("Ann Lee")), Rewards(answer="f1"))["total"] == pytest.approx(0.9 * 2 / 3 + 0.1)
+async def test_f1_gives_partial_credit() -> None:
+    assert (await score(play(agent("Ann Lee")), Rewards(answer="f1")))["total"] == pytest.approx(0.9 * 2 / 3 + 0.1)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +150,46 @@ def test_f1_gives_partial_credit() -> None:
         play(agent(status="cancelled")),
     ],
 )
-def test_infrastructure_trouble_anywhere_leaves_every_part_unscored(broken: Play) -> None:
-    assert score(broken, Rewards()) == dict.fromkeys(PARTS)
+async def test_infrastructure_trouble_anywhere_leaves_every_part_unscored(broken: Play) -> None:
+    assert await score(broken, Rewards()) == dict.fromkeys(PARTS)
+
+
+def step(turns: int, parent: tuple[int, int] | None = None, *, subtask: str | None = "do it") -> Performance:
+    return replace(agent(subtask=None if parent is None else subtask), parent=parent, turns=turns)
+
+
+def test_the_critical_path_counts_only_the_longest_of_those_called_at_once() -> None:
+    # Two workers from turn 1 (2 and 5 turns; the second called one of 3 itself), one from turn 3 (4 turns).
+    tree = play(step(3), step(2, (0, 1)), step(5, (0, 1)), step(3, (2, 1)), step(4, (0, 3)))
+    assert critical_steps(tree) == 3 + (5 + 3) + 4
+    assert spawned(tree) == 4
+
+
+def test_agents_that_begin_together_cost_the_longest_of_them_and_an_act_adds_to_the_one_it_follows() -> None:
+    tree = play(step(1), step(4), step(2, (0, 1), subtask=None))
+    assert (critical_steps(tree), spawned(tree)) == (4, 0)
+    assert critical_steps(play(step(1), step(4), step(5, (0, 1), subtask=None))) == 6
+
+
+async def test_costs_are_weighted_parts() -> None:
+    rewards = Rewards(step_weight=-0.01, spawn_weight=-0.1)
+    parts = await score(play(replace(agent("Ann"), turns=3), called("x")), rewards)
+    assert (parts["steps"], parts["spawned"]) == (4.0, 1.0)
+    assert parts["total"] == pytest.approx(1.0 - 0.04 - 0.1)
+
+
+def test_agents_that_divide_the_work_cover_what_either_of_them_names() -> None:
+    assert cover(["Ann", "the Bob."], ["Ann", "Bob"]) == 1.0
+    assert cover(["Ann", "Ann"], ["Ann", "Bob"]) == 0.5
+    assert cover(["", "Zoe"], ["Ann", "Bob"]) == 0.0
+
+
+async def test_several_answers_at_once_score_their_mean_or_what_they_cover() -> None:
+    task = Task.make("Who?", ("Ann", "Bob"))
+    both = ("\\boxed{Ann}", "\\boxed{Zoe}")
+    assert (await Measure(Rewards())(task, both, no_sandbox)).score == 0.5
+    verdict = await Measure(Rewards(answer="cover"))(task, ("Ann", "\\boxed{Bob}"), no_sandbox)
+    assert (verdict.score, verdict.passed) == (1.0, True)
 
 
 CHAIN: dict[str, JsonValue] = {"chain": ["Ugo employer Pallas", "Pallas founder Klara"]}
