@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from pydantic import ValidationError
 
 from matpo.rewards.verdict import UNKNOWN, Verdict
-from protocols.records import Record, Task
+from protocols.records import Index, Record, Task
 
 HELPER: Final = "aux"
 """What the first agent of a collaboration is asked to write."""
@@ -37,7 +37,7 @@ class Facts(Record):
     """but does nothing with what it returns,"""
     thin: bool = False
     """or does nothing beside."""
-    passed: int = 0
+    passed: Index = 0
     errors: tuple[str, ...] = ("the program did not come to an end",)
     """Of the first tests that failed, cut."""
 
@@ -58,8 +58,8 @@ def program_of(message: str) -> str:
 
 async def code_tests(task: Task, messages: Sequence[str], sandbox: Sandbox, *, timeout_s: float) -> Verdict:
     """Share of the task's tests (`metadata["tests"]`, assert statements) that the programs, put together, pass."""
-    source, tests = "\n\n".join(map(program_of, messages)), tests_of(task)
-    found = await _look(source, tests, sandbox, main="", timeout_s=timeout_s)
+    programs, tests = [program_of(message) for message in messages], tests_of(task)
+    found = await _look(programs, tests, sandbox, main="", timeout_s=timeout_s)
     if found is None:
         return UNKNOWN
     score = found.passed / len(tests)
@@ -74,11 +74,11 @@ async def collaboration(task: Task, messages: Sequence[str], sandbox: Sandbox, *
     together parse, else no more · up to 1 for the share of tests passed · and if any: 0.5 main calls `aux`, 1 more if
     main does something itself, 0.5 less if it ignores what `aux` returns.
     """
-    source, tests = "\n\n".join(map(program_of, messages)), tests_of(task)
+    programs, tests = [program_of(message) for message in messages], tests_of(task)
     main = str(task.metadata.get("entry_point", ""))
     if not main:
         raise ValueError(f"task {task.task_id} has no entry_point in its metadata: the function that its tests call")
-    found = await _look(source, tests, sandbox, main=main, timeout_s=timeout_s)
+    found = await _look(programs, tests, sandbox, main=main, timeout_s=timeout_s)
     if found is None:
         return UNKNOWN
     score = 0.4 * found.helper_returns + 0.6 * found.main_defined
@@ -97,18 +97,20 @@ def tests_of(task: Task) -> list[str]:
     return [str(test) for test in tests]
 
 
-async def _look(source: str, tests: list[str], sandbox: Sandbox, *, main: str, timeout_s: float) -> Facts | None:
+async def _look(
+    programs: list[str], tests: list[str], sandbox: Sandbox, *, main: str, timeout_s: float
+) -> Facts | None:
     """What the harness says of the program; nothing good if it could not say anything, None if nobody could."""
     mark = f"harness-{secrets.token_hex(8)}"
-    answer = await sandbox(
-        f"{_HARNESS}\n\nmain({mark!r}, {source!r}, {tests!r}, {HELPER!r}, {main!r}, {timeout_s!r})\n"
-    )
+    arguments = (mark, programs, tests, HELPER, main, timeout_s)
+    answer = await sandbox(f"{_HARNESS}\n\nmain{arguments!r}\n")
     if answer is None:
         return None
     for line in answer.splitlines():
         if line.startswith(mark):
             try:
-                return Facts.model_validate_json(line.removeprefix(mark))
+                found = Facts.model_validate_json(line.removeprefix(mark))
+                return found if found.passed <= len(tests) else Facts()
             except ValidationError:
                 break
     return Facts()
@@ -118,7 +120,7 @@ def _told(found: Facts, tests: Sequence[str], *, main: str = "") -> str:
     """What the next turn may read."""
     if found.passed == len(tests):
         return f"All {len(tests)} tests passed."
-    lines = [f"{found['passed']} of {len(tests)} tests passed."]
+    lines = [f"{found.passed} of {len(tests)} tests passed."]
     if main and not found.helper_returns:
         lines.append(f"There is no function {HELPER!r} that returns something.")
     if main and not found.main_defined:

@@ -10,6 +10,8 @@ import signal
 import sys
 from types import FrameType
 
+Facts = dict[str, bool | int | list[str]]
+
 TIMEOUTS = 3
 """After so many tests that took too long the others count as failed."""
 LONGEST_ERROR = 200
@@ -28,9 +30,10 @@ def parsed(source: str) -> ast.Module | None:
         return None
 
 
-def function(tree: ast.Module | None, name: str) -> ast.FunctionDef | None:
+def function(trees: list[ast.Module | None], name: str) -> ast.FunctionDef | None:
     """The last top-level function of this name."""
-    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name] if tree else []
+    nodes = [node for tree in trees if tree is not None for node in tree.body]
+    found = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == name]
     return found[-1] if found else None
 
 
@@ -109,15 +112,15 @@ def run_tests(source: str, tests: list[str], timeout_s: float) -> list[str]:
     return errors
 
 
-def facts(source: str, tests: list[str], helper: str, main: str, timeout_s: float) -> dict[str, bool | int | list[str]]:
-    """The fields of `matpo.rewards.code.Facts`. Tests run only if the program has the function they need."""
-    tree = parsed(source)
-    helper_node, main_node = function(tree, helper), function(tree, main)
-    testable = tree is not None and (not main or main_node is not None)
+def facts(programs: list[str], tests: list[str], helper: str, main: str, timeout_s: float) -> Facts:
+    """The fields of `matpo.rewards.code.Facts`. Tests run only if the programs have the function they need."""
+    trees, source = [parsed(program) for program in programs], "\n\n".join(programs)
+    helper_node, main_node = function(trees, helper), function(trees, main)
+    testable = parsed(source) is not None and (not main or main_node is not None)
     errors = run_tests(source, tests, timeout_s) if testable else list(tests)
     calls = main_node is not None and any(is_call(node, helper) for node in ast.walk(main_node))
     return {
-        "parses": tree is not None,
+        "parses": parsed(source) is not None,
         "helper_returns": returns(helper_node),
         "main_defined": main_node is not None,
         "main_uses_helper": calls,
@@ -128,10 +131,10 @@ def facts(source: str, tests: list[str], helper: str, main: str, timeout_s: floa
     }
 
 
-def main(mark: str, source: str, tests: list[str], helper: str, entry: str, timeout_s: float) -> None:
+def main(mark: str, programs: list[str], tests: list[str], helper: str, entry: str, timeout_s: float) -> None:
     """Print one line: the mark, which a program under test does not know, and the facts."""
     out = sys.stdout
     sys.stdout = sys.stderr = io.StringIO()
-    found = facts(source, tests, helper, entry, timeout_s)
+    found = facts(programs, tests, helper, entry, timeout_s)
     sys.stdout = out
     out.write(f"\n{mark} {json.dumps(found)}\n")
