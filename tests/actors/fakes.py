@@ -12,9 +12,10 @@ from pydantic import JsonValue
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from actors.elsewhere import NOBODY, Elsewhere
 from actors.engines.engine import EngineHealth, Generation, LoadReport
 from actors.render import Renderer
-from actors.scene import Stage
+from actors.scene import Stage, Toolbox
 from actors.tools.plane import ToolResult, ToolSpec
 from matpo.config import Config, Sampling
 from protocols.records import Outcome, StopReason, Task, Tokens, version_of
@@ -181,25 +182,34 @@ class FakeTools:
 
 
 def settings(roles: Mapping[str, Mapping[str, object]], **episode: object) -> Config:
-    """A config with these roles; the first is the root."""
+    """A config with these roles; the first is the root, where the workflow has one."""
+    if not isinstance(episode.get("workflow"), dict):
+        episode = {"root": next(iter(roles)), **episode}
     return Config.model_validate(
         {
             "model": {"path": "unused"},
             "data": {"train": {"kind": "world"}, "evaluation": {"kind": "world"}},
             "actor": {"engine": {"max_context_tokens": 100_000}},
-            "episode": {"root": next(iter(roles)), "roles": roles, **episode},
+            "episode": {"roles": roles, **episode},
         }
     )
 
 
 def stage(
-    config: Config, script: Script, *, tools: FakeTools | None = None, tokenizer: PreTrainedTokenizerFast | None = None
+    config: Config,
+    script: Script,
+    *,
+    tools: Toolbox | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    elsewhere: Elsewhere = NOBODY,
 ) -> tuple[Stage, ScriptedEngine]:
     """A stage with a scripted engine; byte-level ChatML unless told otherwise."""
     tokenizer = tokenizer or byte_tokenizer()
     engine = ScriptedEngine(tokenizer, script)
     renderer = Renderer(tokenizer)
-    return Stage(config, engine=engine, tools=tools or FakeTools(), renderer=renderer, actor_id="actor-0"), engine
+    tools = tools or FakeTools()
+    made = Stage(config, engine=engine, tools=tools, renderer=renderer, actor_id="actor-0", elsewhere=elsewhere)
+    return made, engine
 
 
 def task(question: str = "Who?", answer: str = "Ann", **more: dict[str, JsonValue]) -> Task:

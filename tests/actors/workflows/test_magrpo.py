@@ -22,7 +22,7 @@ ROLES: dict[str, dict[str, object]] = {
 
 
 def open_stage(script: Script, answer: str = "cover", **workflow: object) -> Stage:
-    config = settings(ROLES, root="planner", workflow={"kind": "magrpo", "agents": ["left", "right"], **workflow})
+    config = settings(ROLES, workflow={"kind": "magrpo", "agents": ["left", "right"], **workflow})
     rewards = config.rewards.model_copy(update={"answer": answer, "answer_weight": 1.0, "format_weight": 0.0})
     return stage(config.model_copy(update={"rewards": rewards}), script)[0]
 

@@ -1,0 +1,97 @@
+"""Reward functions of one's own: found by name, checked before the run, their numbers taken as they are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from matpo.errors import UserError
+from matpo.rewards.entry_point import answer_function, play_function
+from matpo.rewards.measure import Measure
+from matpo.rewards.performance import Performance, Play
+from matpo.rewards.score import Scorer
+from matpo.rewards_config import Rewards, UserReward
+from protocols.records import Task
+
+SOURCE = """
+from matpo.rewards.performance import Play
+from protocols.records import Task
+
+def longest(task: Task, messages: tuple[str, ...]) -> float | None:
+    return float(max(map(len, messages)))
+
+async def slow(task: Task, messages: tuple[str, ...]) -> float | None:
+    return None if messages == ("",) else 0.25
+
+def brevity(play: Play) -> float | None:
+    return -float(len(play.agents))
+
+def unknown(play: Play) -> float | None:
+    return None
+
+def endless(play: Play) -> float | None:
+    return float("inf")
+
+NUMBER = 3
+"""
+TASK = Task.make("Who?", ("Ann",))
+PLAY = Play(TASK, (Performance("solver", "done", "Ann", None, (), ()),))
+
+
+@pytest.fixture(autouse=True)
+def own_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A file in the working directory, which is not on the import path of itself."""
+    (tmp_path / "own_rewards.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    yield
+    sys.modules.pop("own_rewards", None)
+
+
+async def no_sandbox(program: str) -> str | None:
+    raise AssertionError("nothing here runs code")
+
+
+async def test_a_function_of_ones_own_may_measure_the_answer_at_once_or_later() -> None:
+    longest = Measure(Rewards(answer="own_rewards:longest"))
+    assert (await longest(TASK, ("Ann", "Robert"), no_sandbox)).score == 6.0
+    slow = Measure(Rewards(answer="own_rewards:slow"))
+    assert (await slow(TASK, ("x",), no_sandbox)).score == 0.25
+    assert (await slow(TASK, ("",), no_sandbox)).score is None
+
+
+async def test_parts_of_ones_own_are_weighted_and_one_that_is_not_known_leaves_the_total_open() -> None:
+    brevity = UserReward(function="own_rewards:brevity", weight=0.5)
+    rewards = await Scorer(Rewards(parts={"brevity": brevity}))(PLAY, 1.0)
+    assert rewards["brevity"] == -1.0 and rewards["total"] == pytest.approx(1.0 - 0.5)
+    unknown = UserReward(function="own_rewards:unknown", weight=0.5)
+    rewards = await Scorer(Rewards(parts={"unknown": unknown}))(PLAY, 1.0)
+    assert rewards["answer"] == 1.0 and rewards["total"] is None
+
+
+async def test_a_number_that_is_none_stops_the_episode_by_name() -> None:
+    endless = UserReward(function="own_rewards:endless", weight=1.0)
+    with pytest.raises(ValueError, match=r"own_rewards:endless.* returned inf"):
+        await Scorer(Rewards(parts={"endless": endless}))(PLAY, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere:f", "start in the folder of nowhere.py"),
+        ("own_rewards:absent", "has no function 'absent'"),
+        ("own_rewards:NUMBER", "has no function 'NUMBER'"),
+        ("own_rewards:brevity", r"is called with \(task, messages\)"),
+    ],
+)
+def test_a_function_that_cannot_serve_is_refused_before_the_run(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        answer_function(name)
+
+
+def test_a_part_of_the_reward_takes_the_whole_play() -> None:
+    with pytest.raises(UserError, match=r"is called with \(play\)"):
+        play_function("own_rewards:longest")
