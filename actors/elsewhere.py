@@ -75,19 +75,23 @@ class ChatClient:
                 "max_tokens": sampling.max_tokens,
             }
         )
-        pause_s = self._pause_s
-        reply: str | _Trouble = _Trouble("not asked", passing=False)
         async with self._room:
-            for tries_left in range(self._endpoint.tries - 1, -1, -1):
-                reply = await self._try(body)
-                if isinstance(reply, str):
-                    return reply
-                if not reply.passing or not tries_left:
-                    break
-                await anyio.sleep(min(LONGEST_PAUSE_S, max(pause_s, reply.wait_s)))
-                pause_s *= 2
-        log.warning("a model elsewhere gave no answer", url=self._endpoint.url, reason=reply.reason)
-        raise ChatFailed(f"{self._endpoint.url} ({self._endpoint.model}): {reply.reason}")
+            reply = await self._try_for_long(body)
+        if isinstance(reply, _Trouble):
+            log.warning("a model elsewhere gave no answer", url=self._endpoint.url, reason=reply.reason)
+            raise ChatFailed(f"{self._endpoint.url} ({self._endpoint.model}): {reply.reason}")
+        return reply
+
+    async def _try_for_long(self, body: bytes) -> str | _Trouble:
+        """The reply, or the trouble of the last try."""
+        pause_s = self._pause_s
+        for _ in range(self._endpoint.tries - 1):
+            reply = await self._try(body)
+            if isinstance(reply, str) or not reply.passing:
+                return reply
+            await anyio.sleep(min(LONGEST_PAUSE_S, max(pause_s, reply.wait_s)))
+            pause_s *= 2
+        return await self._try(body)
 
     async def _try(self, body: bytes) -> str | _Trouble:
         url, timeout_s = f"{self._endpoint.url}/chat/completions", self._endpoint.timeout_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import anyio
 import pytest
@@ -17,10 +18,10 @@ TASK = Task.make("Who?", ("Ann",), {"hidden": "Her name begins with A."})
 
 
 async def played(
-    script: Script, workflow: dict[str, object], *roles: str, purpose: Purpose = "train", task: Task = TASK
+    script: Script, workflow: Mapping[str, object], *roles: str, purpose: Purpose = "train", task: Task = TASK
 ) -> EpisodeTree:
     """One episode of roles whose system prompt is their name."""
-    config = settings({name: {"system": f"I am {name}."} for name in roles}, workflow=workflow)
+    config = settings({name: {"system": f"I am {name}."} for name in roles}, workflow=dict(workflow))
     with anyio.fail_after(10):
         on_stage = stage(config, script)[0]
         return await play_episode(task, lease_id="l", group_id="g", episode=0, purpose=purpose, stage=on_stage)
