@@ -63,9 +63,10 @@ class Session:
         """Hand every message of the hub to whom it concerns, forever."""
         while True:
             message, frames = await self._client.receive()
-            await self._take(message, frames)
+            await self.take(message, frames)
 
-    async def _take(self, message: HubMessage, frames: tuple[memoryview, ...]) -> None:
+    async def take(self, message: HubMessage, frames: tuple[memoryview, ...]) -> None:
+        """Hand one message to whom it concerns. Raises `UserError` where the hub will not have this actor."""
         self._player.renew()
         self._watch.hear()
         match message:

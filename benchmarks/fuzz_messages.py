@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import orjson
+from pydantic import JsonValue
 
 from protocols.codec import encode_tree
 from protocols.messages import (
@@ -50,6 +52,11 @@ ODD = [
     b'"' + b"x" * 5000 + b'"',
 ]  # fmt: skip
 """What readers of JSON stumble over."""
+PLAUSIBLE: Sequence[JsonValue] = (
+    0, 1, 2, 7, 63, 2**20, 2**31 - 1, 2**31, 2**53, -1, 0.5, 1e300, "", "x", "actor-0", "train-000000.0", "keyframe-0",
+    "../keyframe-0", "weights-0", "malformed", "a" * 300, "\u0000", None, True, [], {}, [0, 1], ["x", "y"],
+)  # fmt: skip
+"""What a message may hold elsewhere: it stays JSON, and often a message."""
 
 
 def make_tree(lease: Lease, episode: int, *, digest: str) -> EpisodeTree:
@@ -150,15 +157,31 @@ def to_actor(tree_id: str) -> list[Parts]:
     return [*plain, [Chunk(name="keyframe-0", offset=0).model_dump_json().encode(), b"contents"]]
 
 
+def _with_another_value(content: JsonValue, choose: random.Random) -> JsonValue:
+    """The same, but for one value somewhere inside."""
+    if isinstance(content, dict) and content and choose.random() < 0.9:
+        key = choose.choice([key for key in content if key != "kind"] or list(content))
+        return content | {key: _with_another_value(content[key], choose)}
+    if isinstance(content, list) and content and choose.random() < 0.9:
+        at = choose.randrange(len(content))
+        return [*content[:at], _with_another_value(content[at], choose), *content[at + 1 :]]
+    alike = [value for value in PLAUSIBLE if type(value) is type(content)] if choose.random() < 0.8 else PLAUSIBLE
+    return choose.choice(alike or PLAUSIBLE)
+
+
 class Mutator:
     """Draws messages that were damaged in one to four ways, some of them entirely made up."""
 
     def __init__(self, corpus: Sequence[Parts], seed: int) -> None:
         self._corpus = corpus
         self._random = random.Random(seed)
-        self._ways: tuple[Callable[[Parts], None], ...] = (
-            self._flip, self._flip, self._overwrite, self._overwrite, self._odd_value, self._odd_value, self._insert,
-            self._cut, self._repeat, self._splice, self._drop_frame, self._double_frame, self._swap_frames,
+        self._ways_of_bytes: tuple[Callable[[Parts], None], ...] = (
+            self._flip, self._flip, self._overwrite, self._overwrite, self._insert, self._cut, self._repeat,
+            self._splice,
+        )  # fmt: skip
+        self._ways = (
+            *self._ways_of_bytes, self._odd_value, self._odd_value, self._drop_frame, self._double_frame,
+            self._swap_frames,
         )  # fmt: skip
 
     def draw(self) -> Parts:
@@ -167,15 +190,16 @@ class Mutator:
         if choose.random() < 0.03:
             return [choose.randbytes(choose.randrange(200)) for _ in range(choose.randrange(1, 10))]
         parts = list(choose.choice(self._corpus))
+        ways = self._ways if choose.random() < 0.5 else (self._field,)
         for _ in range(choose.choice((1, 1, 1, 2, 3, 4))):
-            choose.choice(self._ways)(parts)
+            choose.choice(ways)(parts)
         return parts
 
     def damage(self, content: bytes) -> bytes:
         """The same for a file."""
         parts = [content]
         for _ in range(self._random.randrange(1, 4)):
-            self._random.choice(self._ways[:-3])(parts)
+            self._random.choice(self._ways_of_bytes)(parts)
         return parts[0]
 
     def _place(self, parts: Parts) -> tuple[int, int]:
@@ -196,6 +220,15 @@ class Mutator:
             [b"\x00", b"\xff", b"\xff\xff\xff\xff", b"\x00\x00\x00\x80", self._random.randbytes(4)]
         )
         parts[which] = parts[which][:at] + new + parts[which][at + len(new) :]
+
+    def _field(self, parts: Parts) -> None:
+        """Give one field of a JSON frame another value: most of these messages are well formed."""
+        which = self._random.randrange(min(2, len(parts)))  # the header, or that of a tree
+        try:
+            content: JsonValue = orjson.loads(parts[which])
+        except orjson.JSONDecodeError:
+            return
+        parts[which] = orjson.dumps(_with_another_value(content, self._random))
 
     def _odd_value(self, parts: Parts) -> None:
         """Put something odd where JSON has a value."""

@@ -23,6 +23,7 @@ from actors.weights.sources import HubSource, Sources
 from benchmarks.fuzz_messages import TASK, Parts, make_tree, to_actor, to_hub
 from learner.hub.core import Hub, Side
 from learner.hub.journal import Journal
+from learner.hub.ledger import checks
 from matpo.config import Config, Sampling
 from matpo.errors import UserError
 from protocols.channel import HubClient, HubInput, Received
@@ -93,6 +94,7 @@ class HubUnderAttack:
         self._say("trainer", b"trainer", Publish(version=0, digest=DIGEST, objects=(keyframe,)))
         self._say("actors", b"actor", hello)
         (lease,) = (m for m in self._say("actors", b"actor", LeaseRequest(episodes=2)) if isinstance(m, Lease))
+        self._lease_id = lease.lease_id
         self.corpus = to_hub(lease, hello, digest, keyframe, DIGEST)
         self.outcomes: Counter[str] = Counter()
 
@@ -119,7 +121,8 @@ class HubUnderAttack:
             self.journal.execute("ROLLBACK TO attack")  # so that the next one meets the same hub
         answers = [outgoing.message for outgoing in self.hub.take_outgoing()]
         if changed:
-            if not (isinstance(message, TreeUpload) and decode_tree(frames).tree_id == message.tree_id):
+            tree = decode_tree(frames) if isinstance(message, TreeUpload) else None
+            if tree is None or (tree.tree_id, tree.lease_id) != (message.tree_id, self._lease_id):
                 raise StateChanged(f"{message.kind} changed the journal")
             self.outcomes["taken, being a whole tree"] += 1
         elif any(isinstance(answer, Welcome) for answer in answers):
@@ -131,6 +134,27 @@ class HubUnderAttack:
             raise StateChanged(f"{message.kind} changed who is known")
         else:
             self.outcomes[" and ".join(_named(answer) for answer in answers) or "no answer"] += 1
+
+    def suffer(self, parts: Parts, *, now_s: float) -> None:
+        """Hand in a message as the actor that the hub knows, and keep what comes of it. Call `add_up` now and then."""
+        message = read_for_hub([memoryview(part) for part in parts], max_message_bytes=MAX_MESSAGE_BYTES)
+        if isinstance(message, Refuse):
+            self.outcomes[message.reason] += 1
+            return
+        received = Received(b"actor", message, tuple(memoryview(part) for part in parts[1:]))
+        with self.journal.transaction():
+            self.hub.handle("actors", received, now_s=now_s, at=now_s)
+            self.hub.advance(now_s=now_s, at=now_s)
+        for outgoing in self.hub.take_outgoing():
+            self.outcomes[_named(outgoing.message)] += 1
+        if self.hub.roster.at(b"actor") is None:
+            self._say("actors", b"actor", self._hello)  # it had said goodbye
+
+    def add_up(self) -> None:
+        """Raises `StateChanged` where a sum of the ledger does not hold."""
+        wrong = [check.name for check in checks(self.journal) if not check.holds]
+        if wrong:
+            raise StateChanged(f"the ledger does not add up: {wrong}")
 
     def _say(self, side: Side, peer: bytes, message: HubInput) -> list[HubMessage]:
         with self.journal.transaction():
@@ -219,7 +243,7 @@ class ActorUnderAttack:
             self._outbox.put(self._tree)
         leases, newest = self.player.leases, self.follower.wanted_version
         try:
-            await self._session._take(message, tuple(memoryview(part) for part in parts[1:]))
+            await self._session.take(message, tuple(memoryview(part) for part in parts[1:]))
         except UserError:
             if not (isinstance(message, Refuse) and message.reason in ("wrong_config", "wrong_key")):
                 raise
