@@ -9,13 +9,12 @@ target, the seed and the message. Writes `--out` and, beside it, a readable tabl
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -271,13 +270,20 @@ class Target:
     """It gets one of so many messages."""
 
 
+def _run(fuzz: Callable[[Path, Attack], Awaitable[Counter[str]]]) -> Callable[[Path, Attack], Counter[str]]:
+    def run(folder: Path, attack: Attack) -> Counter[str]:
+        return anyio.run(fuzz, folder, attack)
+
+    return run
+
+
 TARGETS = {
     "hub": Target(fuzz_hub),
-    "actor": Target(functools.partial(anyio.run, fuzz_actor)),
+    "actor": Target(_run(fuzz_actor)),
     "hub from within": Target(fuzz_hub_from_within, 10),
     "weight files": Target(fuzz_files, 50),
-    "hub over sockets": Target(functools.partial(anyio.run, fuzz_sockets), 20),
-    "hub with keys": Target(functools.partial(anyio.run, fuzz_keys), 100),
+    "hub over sockets": Target(_run(fuzz_sockets), 20),
+    "hub with keys": Target(_run(fuzz_keys), 100),
 }
 
 

@@ -121,8 +121,7 @@ class HubUnderAttack:
             self.journal.execute("ROLLBACK TO attack")  # so that the next one meets the same hub
         answers = [outgoing.message for outgoing in self.hub.take_outgoing()]
         if changed:
-            tree = decode_tree(frames) if isinstance(message, TreeUpload) else None
-            if tree is None or (tree.tree_id, tree.lease_id) != (message.tree_id, self._lease_id):
+            if not (isinstance(message, TreeUpload) and self._awaits(message, frames)):
                 raise StateChanged(f"{message.kind} changed the journal")
             self.outcomes["taken, being a whole tree"] += 1
         elif any(isinstance(answer, Welcome) for answer in answers):
@@ -155,6 +154,10 @@ class HubUnderAttack:
         wrong = [check.name for check in checks(self.journal) if not check.holds]
         if wrong:
             raise StateChanged(f"the ledger does not add up: {wrong}")
+
+    def _awaits(self, upload: TreeUpload, frames: Sequence[Frame]) -> bool:
+        tree = decode_tree(frames)
+        return (tree.tree_id, tree.lease_id) == (upload.tree_id, self._lease_id)
 
     def _say(self, side: Side, peer: bytes, message: HubInput) -> list[HubMessage]:
         with self.journal.transaction():
