@@ -171,9 +171,9 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Place, Path | None]:
     return place, log_file
 
 
-def run() -> int:
+def run(arguments: Sequence[str] | None = None) -> int:
     """Parse, play, and turn what a user can fix into one line."""
-    place, log_file = parse()
+    place, log_file = parse(arguments)
     allow_open_files(place.config.actor.concurrency)
     configure_logs(log_file, component=place.actor_id)
     try:

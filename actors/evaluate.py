@@ -154,7 +154,7 @@ def _figures(line: Line) -> dict[str, float | int | None]:
     }
 
 
-def run() -> int:
+def run(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, play, print."""
     parser = argparse.ArgumentParser(prog="matpo eval", description=__doc__)
     parser.add_argument("config", type=Path)
@@ -162,7 +162,7 @@ def run() -> int:
     parser.add_argument("--model", type=Path, help="a Hugging Face folder instead of model.path")
     parser.add_argument("--adapter", type=Path, help="a PEFT folder, for a config with model.lora")
     parser.add_argument("--repeats", type=int, default=1, metavar="K", help="episodes per question (mean@K)")
-    given = parser.parse_intermixed_args()
+    given = parser.parse_intermixed_args(arguments)
     chosen = [] if given.model is None else [f"model.path={given.model}"]
     config = load_config(given.config, [*given.overrides, *chosen])
     if given.repeats < 1:

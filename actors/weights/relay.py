@@ -228,9 +228,9 @@ def parse(arguments: Sequence[str] | None = None) -> Post:
     return Post(given.hub, given.listen, given.key_dir, given.relay_id, given.memory_mb * 2**20)
 
 
-def run() -> int:
+def run(arguments: Sequence[str] | None = None) -> int:
     """Parse, relay, and turn what a user can fix into one line."""
-    post = parse()
+    post = parse(arguments)
     configure_logs(None, component=post.relay_id)
     try:
         anyio.run(run_relay, post, backend_options={"use_uvloop": True})
