@@ -125,7 +125,9 @@ def _write_models(folder: Path) -> None:
         (folder / name / file).write_bytes(content)
     shutil.copytree(shipped, folder / "wider")
     settings = orjson.loads((shipped / "config.json").read_bytes())
-    (folder / "wider" / "config.json").write_bytes(orjson.dumps(settings | {"hidden_size": 2 * settings["hidden_size"]}))
+    (folder / "wider" / "config.json").write_bytes(
+        orjson.dumps(settings | {"hidden_size": 2 * settings["hidden_size"]})
+    )
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"")
