@@ -10,6 +10,7 @@ import orjson
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from matpo.attention_config import AttentionChoice, check_attention
+from matpo.collapse_config import Collapse as Collapse
 from matpo.endpoint_config import Endpoint as Endpoint
 from matpo.engine_config import EmbeddedEngine as EmbeddedEngine
 from matpo.engine_config import Engine as Engine
@@ -258,6 +259,7 @@ class Learner(Section):
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     grad_clip: float = Field(default=1.0, gt=0)
+    collapse: Collapse = Collapse()
     ess_guard: bool = False
     """Multiply the rate by sqrt(ESS), the effective share of samples (Σ R)² / (T Σ R²) (VCPO, arXiv 2602.17616)."""
     filter_zero_variance: bool = False
@@ -290,6 +292,15 @@ class Learner(Section):
     @model_validator(mode="after")
     def _attention_runs(self) -> Learner:
         check_attention(self.attention, device=self.device, dtype=self.dtype)
+        return self
+
+    @model_validator(mode="after")
+    def _rollback_possible(self) -> Learner:
+        if self.collapse.action == "rollback" and self.keep_checkpoints < 2:
+            raise ValueError(
+                'learner.collapse.action = "rollback" goes back to a checkpoint of before the first sign; set'
+                " learner.keep_checkpoints to 2 or more"
+            )
         return self
 
     @property

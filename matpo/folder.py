@@ -92,6 +92,11 @@ class RunFolder:
         return self.path / "consumed.jsonl"
 
     @property
+    def rollbacks(self) -> Path:
+        """When the run went back to a checkpoint by itself, and why."""
+        return self.path / "rollbacks.jsonl"
+
+    @property
     def hub(self) -> Path:
         return self.path / "hub.json"
 

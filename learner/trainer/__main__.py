@@ -15,6 +15,7 @@ from types import FrameType
 import structlog
 
 from learner.trainer.checkpoint import Checkpoints
+from learner.trainer.guard import Guard
 from learner.trainer.hub import NoHub, Refused
 from learner.trainer.intake import IntakeReport, StepInput, prepare, read_trees
 from learner.trainer.ranks import ALONE, Ranks, joined
@@ -22,6 +23,7 @@ from learner.trainer.report import StepReport, merged
 from learner.trainer.setup import Training
 from learner.trainer.shared_hub import SharedHub
 from learner.trainer.step import train_step
+from matpo.collapse import Vitals
 from matpo.config import Config
 from matpo.errors import run_command
 from matpo.folder import RunFolder
@@ -50,6 +52,8 @@ class TrainerMetrics(StepReport, IntakeReport):
     publish_s: float
     checkpoint_s: float
     published_bytes: int
+    vitals: Vitals
+    """What the collapse watch looks at, over all roles."""
 
 
 class Stopwatch:
@@ -67,13 +71,15 @@ class Stopwatch:
 
 def train(
     folder: RunFolder, config: Config, metrics: MetricsFile, stopping: threading.Event, ranks: Ranks = ALONE
-) -> None:
+) -> bool:
     """Resume from the newest checkpoint and train until the last step, or until told to stop between two steps.
 
     All ranks run this loop in step; the first one talks to the hub and writes the files. The order inside a step makes
     every crash harmless: the ledger learns of the step before its weights are published, and a checkpoint is only ever
-    of a step the ledger knows.
+    of a step the ledger knows. True: the run went back to a checkpoint and is to be trained on from there.
     """
+    guard = Guard.of(folder, config, ranks)
+    config = guard.config
     training = Training.start(config, ranks)
     policy, optimizer, learner = training.policy, training.optimizer, config.learner
     checkpoints = Checkpoints(folder.checkpoints, learner.keep_checkpoints, ranks)
@@ -106,13 +112,17 @@ def train(
                 checkpoints.save(policy, optimizer, step=step, lineage=lineage, model=config.model.path)
                 saved = step
             watch.lap("checkpoint_s")
+            vitals = guard.see(step, report, taken.report)
             if ranks.first:
                 line = {**taken.report.model_dump(), **report.model_dump(), **watch.seconds}
-                metrics.append("trainer", TrainerMetrics(**line, version=version, published_bytes=size))
+                metrics.append("trainer", TrainerMetrics(**line, version=version, published_bytes=size, vitals=vitals))
             log.info("step", step=step, loss=report.loss, grad_norm=report.grad_norm, reward=taken.report.reward_mean)
-        if saved != step:
+            if guard.raised:
+                break
+        if saved != step and not guard.goes_back:
             checkpoints.save(policy, optimizer, step=step, lineage=lineage, model=config.model.path)
     log.info("trainer done", step=step, stopped=stopping.is_set())
+    return guard.conclude(checkpoints)
 
 
 def shared_step(training: Training, taken: StepInput, config: Config, step: int, ranks: Ranks) -> StepReport:
@@ -150,7 +160,8 @@ def run(arguments: Sequence[str]) -> int:
     metrics = MetricsFile(folder.metrics)
     try:
         with joined(config.learner) as ranks:
-            train(folder, config, metrics, stopping, ranks)
+            while train(folder, config, metrics, stopping, ranks):
+                log.info("training begins again")
     except (ChannelError, NoHub, Refused, OSError) as error:
         log.error("trainer gives up", reason=str(error))
         sys.stderr.write(f"error: {error}\n")

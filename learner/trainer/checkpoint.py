@@ -123,7 +123,17 @@ class Checkpoints:
     def oldest_step(self) -> int:
         """Step of the oldest checkpoint kept; 0 as long as a damaged one would leave none."""
         kept = self._newest_first()
-        return int(kept[-1].name.removeprefix("step-")) if len(kept) > 1 else 0
+        return _step_of(kept[-1]) if len(kept) > 1 else 0
+
+    def steps_before(self, step: int) -> list[int]:
+        """Steps of the checkpoints older than `step`, newest first."""
+        return [found for path in self._newest_first() if (found := _step_of(path)) < step]
+
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps."""
+        for path in self._newest_first():
+            if _step_of(path) > step:
+                shutil.rmtree(path)
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer, *, oldest: bool = False) -> TrainerState | None:
         """Load the newest (or the oldest) sound checkpoint into policy and optimizer; None if there is none.
@@ -166,6 +176,10 @@ class Checkpoints:
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"), reverse=True) if self.folder.is_dir() else []
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _file_of(policy: Policy) -> str:

@@ -21,6 +21,7 @@ from learner.trainer.intake import prepare
 from learner.trainer.publish import parameters_digest
 from learner.trainer.setup import Training
 from learner.trainer.step import train_step
+from matpo.collapse import read_rollbacks, rollbacks_before, slowed
 from matpo.errors import UserError, run_command
 from matpo.folder import RunFolder
 from matpo.load import load_config
@@ -68,7 +69,7 @@ def replay(folder: RunFolder, overrides: Sequence[str]) -> int:
     config = load_config(folder.config, overrides)
     checkpoints = Checkpoints(folder.checkpoints, config.learner.keep_checkpoints)
     saved = checkpoints.newest()
-    training = Training.start(config)
+    training, rollbacks = Training.start(config), read_rollbacks(folder.rollbacks)
     with Journal.open_read_only(folder.journal, folder.archive) as journal, journal.snapshot():
         first = start(journal, folder.archive, checkpoints, training)
         last = first
@@ -86,7 +87,7 @@ def replay(folder: RunFolder, overrides: Sequence[str]) -> int:
                 training.policy,
                 training.optimizer,
                 taken.micro_batches,
-                config.learner,
+                slowed(config, rollbacks_before(rollbacks, step)).learner,
                 step=step,
                 steps=config.run.steps,
                 reference=training.reference,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
 
 import anyio
 from rich.console import Console, Group
@@ -110,6 +112,10 @@ class Display:
             rows.add_row("staleness", f"{t.staleness_mean:.1f} steps on average, {t.staleness_max} at most")
             rows.add_row("step time", f"wait {t.wait_s:.2f} s, train {t.step_s:.2f} s, publish {t.publish_s:.2f} s")
             rows.add_row("step work", _work(t))
+            for role, words in roles_in_words(t):
+                rows.add_row(role, words)
+            for sign in t.vitals.signs:
+                rows.add_row("warning", Text(sign, style="yellow"))
         if self._hub is not None:
             h = self._hub
             rows.add_row("playing", f"{h.actors} actors, {h.in_flight} episodes")
@@ -149,6 +155,31 @@ def _work(step: TrainerLine) -> str:
         f"{step.tokens} tokens as {step.unique_tokens}: {packed:.1f} times less arithmetic than packed,"
         f" {padded:.1f} than padded; peak {step.peak_bytes / 1e9:.1f} GB"
     )
+
+
+def roles_in_words(step: TrainerLine) -> Iterator[tuple[str, str]]:
+    """Every trained role and its figures."""
+    whole = sum(one.gradient or 0.0 for one in step.roles.values())
+    for role, one in step.roles.items():
+        play = step.role_plays[role]
+        words = [
+            f"{share((one.gradient or 0.0) / whole if whole else None)} of the gradient",
+            f"mismatch KL {_figure(one.mismatch_kl)}",
+            f"advantage {_figure(one.advantage_mean)} ± {_figure(_root(one.advantage_variance))}",
+            f"staleness {play.staleness_mean:.1f}",
+            f"{share(play.truncated)} cut short",
+        ]
+        if play.free_riding is not None:
+            words.append(f"{share(play.free_riding)} ride free")
+        yield role, ", ".join(words)
+
+
+def _root(variance: float | None) -> float | None:
+    return None if variance is None else math.sqrt(variance)
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"
 
 
 def _round_in_words(one: EvaluationLine) -> str:

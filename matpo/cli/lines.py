@@ -13,6 +13,29 @@ class Line(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+class RoleLine(Line):
+    """How far the policy had moved, over a role's tokens."""
+
+    gradient: float | None
+    mismatch_kl: float | None
+    advantage_mean: float | None
+    advantage_variance: float | None
+
+
+class RolePlayLine(Line):
+    """A role's trajectories in the episodes of a step."""
+
+    truncated: float
+    staleness_mean: float
+    free_riding: float | None
+
+
+class VitalsLine(Line):
+    """What the collapse watch looked at."""
+
+    signs: tuple[str, ...]
+
+
 class TrainerLine(Line):
     """One optimizer step."""
 
@@ -29,6 +52,9 @@ class TrainerLine(Line):
     packed_flops: int
     padded_flops: int
     peak_bytes: int
+    roles: dict[str, RoleLine]
+    role_plays: dict[str, RolePlayLine]
+    vitals: VitalsLine
 
 
 class LedgerLine(Line):
