@@ -85,7 +85,7 @@ class Guard:
         """On the first rank: go back, or say why the run pauses."""
         alarm = self._alarm
         assert alarm is not None, "an end without an alarm"
-        go_on = f"look into it, then `matpo run --run {self.folder.path}` goes on"
+        go_on = f"look into it, then go on with: matpo run CONFIG --resume {self.folder.path}"
         if not self.goes_back:
             return f"training is paused and saved at step {alarm.step}: {alarm}; {go_on}"
         kept = checkpoints.steps_before(alarm.since_step)
