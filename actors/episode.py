@@ -31,6 +31,10 @@ async def play_episode(
     used = sorted({version for trajectory in trajectories for version in np.unique(trajectory.versions).tolist()})
     play = Play(task, tuple(_performance(run, index, scene.spans) for index, run in enumerate(scene.runs)))
     rewards = await stage.score(play, answer)
+    if stage.config.rewards.workers != "none":
+        for index, run in enumerate(scene.runs):
+            if run.subtask is not None:
+                scene.earn(index, await stage.score.earned(play, index))
     return EpisodeTree(
         tree_id=uuid.uuid4().hex,
         group_id=group_id,

@@ -41,6 +41,9 @@ class Rewards(Section):
     """How an answer is measured (docs/rewards.md), or a function of one's own:
     `(task: Task, messages: tuple[str, ...]) -> float | None`, async or not."""
     format_only_if_correct: bool = False
+    workers: Literal["none", "format", "fact"] | EntryPoint = "none"
+    """What a worker's own act earns, for credit schemes that look at it: its calls' format, whether it reports the fact
+    it was asked for (where the task knows them), or a function `(task, subtask, report) -> float | None`."""
     judge: Judge | None = None
     """With `answer = "judge"`: who judges."""
     code_tool: str = "run_python"

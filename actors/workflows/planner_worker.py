@@ -14,4 +14,7 @@ async def planner_worker(scene: Scene) -> float | None:
     """
     root = enter(scene, scene.stage.config.episode.root, scene.task.question)
     await root.play()
-    return (await scene.appraise(root.run)).score
+    score = (await scene.appraise(root.run)).score
+    if scene.stage.config.rewards.workers != "none":
+        scene.earn(root.index, score)
+    return score

@@ -18,6 +18,8 @@ Score = float | None
 """None means not scored, never 0."""
 AnswerFunction = Callable[[Task, tuple[str, ...]], Score | Awaitable[Score]]
 """A task and the final messages of those who answered (one, or those of a joint answer) → what they are worth."""
+WorkerFunction = Callable[[Task, str, str], Score | Awaitable[Score]]
+"""A task, a subtask and the report on it → what the worker's act earned."""
 PlayFunction = Callable[[Play], Score | Awaitable[Score]]
 """A finished episode → one part of its reward."""
 
@@ -25,6 +27,11 @@ PlayFunction = Callable[[Play], Score | Awaitable[Score]]
 def answer_function(name: str) -> AnswerFunction:
     """The function of `rewards.answer`. Raises `UserError`."""
     return cast(AnswerFunction, _found(name, ("task", "messages")))
+
+
+def worker_function(name: str) -> WorkerFunction:
+    """The function of `rewards.workers`. Raises `UserError`."""
+    return cast(WorkerFunction, _found(name, ("task", "subtask", "report")))
 
 
 def play_function(name: str) -> PlayFunction:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from matpo.rewards.answer import normalise
 from matpo.rewards.performance import Performance, Play
 
 _HIT = re.compile(r"^\[(\d+)\]\s*(.+)$", re.MULTILINE)
+
+
+def fact_reported(play: Play, worker: Performance) -> float | None:
+    """1.0 if a worker reports the fact it was asked for, and nothing else, else 0.0; None where it asks for none."""
+    wanted = _wanted(play, worker)
+    return None if wanted is None else float(normalise(worker.final or "") == wanted)
 
 
 def reading(play: Play) -> float | None:
@@ -18,18 +23,23 @@ def reading(play: Play) -> float | None:
     `metadata["chain"]`, whose searches found that fact, and never as their first hit. It is right if its report is that
     fact and nothing else.
     """
-    chain = play.task.metadata.get("chain")
-    facts = [fact for fact in chain if isinstance(fact, str)] if isinstance(chain, list) else []
-    verdicts = [verdict for agent in play.agents[1:] if (verdict := _verdict(agent, facts)) is not None]
+    verdicts = [verdict for agent in play.agents[1:] if (verdict := _verdict(play, agent)) is not None]
     return sum(verdicts) / len(verdicts) if verdicts else None
 
 
-def _verdict(agent: Performance, facts: Sequence[str]) -> bool | None:
+def _wanted(play: Play, agent: Performance) -> str | None:
+    """The one fact of the task's chain that an agent was asked for."""
+    chain = play.task.metadata.get("chain")
     asked = set((agent.subtask or "").split())
+    facts = [fact for fact in chain if isinstance(fact, str)] if isinstance(chain, list) else []
     wanted = [fact for fact in facts if set(fact.split()[:2]) <= asked]
-    if len(wanted) != 1:
+    return normalise(wanted[0]) if len(wanted) == 1 else None
+
+
+def _verdict(play: Play, agent: Performance) -> bool | None:
+    fact = _wanted(play, agent)
+    if fact is None:
         return None
-    fact = normalise(wanted[0])
     hits = [(int(rank), normalise(text)) for result in agent.results for rank, text in _HIT.findall(result)]
     if fact not in [text for _, text in hits] or (1, fact) in hits:
         return None

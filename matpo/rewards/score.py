@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from matpo.rewards.call_format import format_score
 from matpo.rewards.cost import critical_steps, spawned
-from matpo.rewards.entry_point import PlayFunction, play_function, scored
+from matpo.rewards.entry_point import PlayFunction, play_function, scored, worker_function
 from matpo.rewards.performance import Performance, Play
-from matpo.rewards.reading import reading
+from matpo.rewards.reading import fact_reported, reading
 from matpo.rewards_config import Rewards
 
 PARTS = ("answer", "format", "format_planner", "format_worker", "reading", "steps", "spawned", "total")
@@ -20,9 +20,19 @@ class Scorer:
     def __init__(self, rewards: Rewards) -> None:
         """Raises `UserError` where a user's function cannot be had."""
         self._rewards = rewards
+        self._worker = worker_function(rewards.workers) if ":" in rewards.workers else None
         self._own: dict[str, PlayFunction] = {
             name: play_function(part.function) for name, part in rewards.parts.items()
         }
+
+    async def earned(self, play: Play, index: int) -> float | None:
+        """What the act of a worker earned; None for what is not scored."""
+        worker, measure = play.agents[index], self._rewards.workers
+        if worker.subtask is None or worker.broken:
+            return None
+        if self._worker is not None:
+            return await scored(measure, self._worker(play.task, worker.subtask, worker.final or ""))
+        return format_score(worker.calls) if measure == "format" else fact_reported(play, worker)
 
     async def __call__(self, play: Play, answer: float | None) -> dict[str, float | None]:
         """Reward parts by name. Only `total` trains the policy, where the workflow scores no acts of its own.

@@ -14,10 +14,11 @@ from actors.engines.opening import open_engine
 from actors.episode import play_episode
 from actors.scene import Stage
 from actors.setting import open_tools
-from learner.trainer.__main__ import Training, shared_step
+from learner.trainer.__main__ import shared_step
 from learner.trainer.intake import prepare
 from learner.trainer.publish import to_weights
 from learner.trainer.ranks import ALONE
+from learner.trainer.setup import Training
 from matpo.config import Config
 from matpo.datasets.load import load_tasks
 from matpo.load import load_config

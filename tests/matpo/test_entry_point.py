@@ -32,6 +32,9 @@ def brevity(play: Play) -> float | None:
 def unknown(play: Play) -> float | None:
     return None
 
+def repeated(task: Task, subtask: str, report: str) -> float | None:
+    return float(len(subtask + report))
+
 def endless(play: Play) -> float | None:
     return float("inf")
 
@@ -95,3 +98,9 @@ def test_a_function_that_cannot_serve_is_refused_before_the_run(name: str, messa
 def test_a_part_of_the_reward_takes_the_whole_play() -> None:
     with pytest.raises(UserError, match=r"is called with \(play\)"):
         play_function("own_rewards:longest")
+
+
+async def test_a_workers_act_may_be_scored_by_a_function_of_its_subtask_and_report() -> None:
+    worker = Performance("worker", "done", "report", "subtask", (), (), (0, 1))
+    scorer = Scorer(Rewards(workers="own_rewards:repeated"))
+    assert await scorer.earned(Play(TASK, (*PLAY.agents, worker)), 1) == 13.0

@@ -211,3 +211,21 @@ def test_reading_is_not_measured_where_it_could_not_be_seen() -> None:
     assert reading(play(agent(), worker("not found", "no results"), **CHAIN)) is None
     assert reading(play(agent(), worker("Ugo mentor Zoe", subtask="Ugo mentor"), **CHAIN)) is None
     assert reading(play(agent(), worker("Ugo employer Pallas"))) is None
+
+
+@pytest.mark.parametrize(
+    ("one", "fact", "form"),
+    [
+        (worker("Ugo employer Pallas"), 1.0, 1.0),
+        (worker("Ugo employer Acme"), 0.0, 1.0),
+        (worker("Ugo mentor Zoe", subtask="Ugo mentor"), None, 1.0),
+        (replace(worker("Ugo employer Pallas"), status="tool_failure"), None, None),
+        (agent("Ann"), None, None),
+    ],
+)
+async def test_a_workers_own_act_may_earn_what_it_reports_or_how_it_calls(
+    one: Performance, fact: float | None, form: float | None
+) -> None:
+    episode = play(agent(), one, **CHAIN)
+    assert await Scorer(Rewards(workers="fact")).earned(episode, 1) == fact
+    assert await Scorer(Rewards(workers="format")).earned(episode, 1) == form

@@ -10,6 +10,7 @@ import anyio
 from pydantic import JsonValue
 
 from actors.agent import MAX_DEPTH
+from actors.episode import play_episode
 from actors.scene import Scene
 from actors.workflows.planner_worker import planner_worker
 from matpo.config import Sampling
@@ -167,3 +168,17 @@ async def test_what_an_episode_held_is_free_when_it_ends_without_the_help_of_the
         assert planner() is None
     finally:
         gc.enable()
+
+
+async def test_where_workers_are_scored_every_act_of_the_tree_earns_something_of_its_own() -> None:
+    async def script(prompt: str, sampling: Sampling) -> Say | str:
+        message = last_message(prompt)
+        if "Plan." in prompt:
+            return "Ann" if "Report" in message else call("worker", subtask="x")
+        return "Found." if "found" in message else call("search", query="x") + "<tool_call>"
+
+    config = settings(ROLES)
+    config = config.model_copy(update={"rewards": config.rewards.model_copy(update={"workers": "format"})})
+    on_stage, _ = stage(config, script, tools=tools())
+    tree = await play_episode(task(), lease_id="l", group_id="g", episode=0, purpose="train", stage=on_stage)
+    assert tree.earned == (1.0, 0.5)
