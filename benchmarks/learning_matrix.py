@@ -5,9 +5,9 @@
     python -m benchmarks.learning_matrix --configs configs/quickstart.toml configs/single.toml --go --most 4
 
 Without `--go` it only lists what it would run. Every finished run is one line of docs/results/learning_matrix.jsonl,
-and a cell that has its line is not run again; the page docs/results/learning_matrix.md is written anew from all lines each
-time. `reinforce` is the uncorrected objective. A run of the quick start takes about 3 minutes of one idle core. `--quick`
-runs one cell of two steps without keeping anything. The last line is one JSON object.
+and a cell that has its line is not run again; the page beside it, learning_matrix.md, is written anew from all lines.
+`reinforce` is the uncorrected objective. A run of the quick start takes 3 minutes of one idle core. `--quick` runs
+one cell of two steps without keeping anything. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -151,9 +151,9 @@ def page(lines: Sequence[Line]) -> str:
     rows = [
         "# What learns how well",
         "",
-        "`python -m benchmarks.learning_matrix`: every line of `learning_matrix.jsonl` is one whole `matpo run`. Greedy",
-        "accuracy on held-out questions in per cent, mean over seeds (lowest–highest); `reinforce` corrects for no",
-        "staleness. *Signs*: steps that showed signs of a collapse. The curve is the training reward, from 0 to 1.",
+        "`python -m benchmarks.learning_matrix`: every line of `learning_matrix.jsonl` is one whole `matpo run`.",
+        "Greedy accuracy on held-out questions in %, mean over seeds (lowest–highest); `reinforce` does not correct",
+        "for staleness. *Signs*: steps that showed signs of a collapse. The curve is the training reward, from 0 to 1.",
         "",
         "| choice | seeds | before | after | reward, first → last fifth | staleness | largest mismatch KL | signs"
         " | curve |",
