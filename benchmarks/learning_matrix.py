@@ -226,9 +226,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if options.quick:
-            line = play(Cell(CONFIG, "reinforce", "leave_one_out", 2, 0, QUICK), Path(scratch))
-            print(page([line]))
-            print_result({"runs": 1, "steps": line.steps, "signs": line.signs})
+            once = play(Cell(CONFIG, "reinforce", "leave_one_out", 2, 0, QUICK), Path(scratch))
+            print(page([once]))
+            print_result({"runs": 1, "steps": once.steps, "signs": once.signs})
             return
         book = Book.open(options.lines)
         missing = [cell for cell in cells(options) if book.lacks(cell)]
