@@ -106,7 +106,7 @@ class Renderer:
         folder = model_folder(model)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"model.path {str(folder)!r} has no tokenizer that can be read: {reason}") from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -93,10 +93,7 @@ def prepare(config: Path | None, overrides: Sequence[str], run: Path | None) -> 
         raise UserError("give --run with a folder to all ranks, for example --run runs/first: they share one run")
     if run is None:
         return RunFolder.create(settings)
-    folder = RunFolder(run)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.write_config(settings)
-    return folder
+    return RunFolder.at(run, settings)
 
 
 if __name__ == "__main__":

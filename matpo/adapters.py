@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from matpo.config import Lora
 from matpo.errors import UserError
+from matpo.explain import explain
 from protocols.weights import BadWeights, Tensor, Weights, read_keyframe
 
 Shape = tuple[int, ...]
@@ -125,8 +126,10 @@ def read_adapter(folder: Path, lora: Lora) -> Weights:
     try:
         found = _PeftConfig.model_validate_json(config.read_bytes())
         weights = read_keyframe(tensors)
-    except (ValidationError, BadWeights) as error:
-        raise UserError(f"adapter in {str(folder)!r} cannot be read: {str(error).splitlines()[0]}") from error
+    except ValidationError as error:
+        raise UserError(f"{config}: {explain(error, _PeftConfig)}; give a folder that PEFT saved") from error
+    except BadWeights as error:
+        raise UserError(str(error)) from error
     if found.use_rslora or found.use_dora or found.bias != "none" or found.modules_to_save:
         raise UserError(f"{config} asks for more than A and B (rslora, dora, bias or modules_to_save): not supported")
     have = (found.r, found.lora_alpha, sorted(found.target_modules))

@@ -29,7 +29,7 @@ from matpo.objective_config import Reinforce as Reinforce
 from matpo.objective_config import Tis as Tis
 from matpo.objective_config import Topr as Topr
 from matpo.rewards_config import Rewards as Rewards
-from matpo.section import Section
+from matpo.section import Device, Name, Section
 from matpo.tools_config import McpServer as McpServer
 from matpo.tools_config import ServerExtras as ServerExtras
 from matpo.tools_config import Tools as Tools
@@ -52,7 +52,7 @@ class Sampling(Section):
 class Run(Section):
     """What the run is called, where it lives and how long it lasts."""
 
-    name: str = "run"
+    name: Name = "run"
     dir: Path = Path("runs")
     """Parent folder; the run's own folder is `dir/name-<time>` unless resumed."""
     seed: int = 0
@@ -264,7 +264,7 @@ class Learner(Section):
     """Multiply the rate by sqrt(ESS), the effective share of samples (Σ R)² / (T Σ R²) (VCPO, arXiv 2602.17616)."""
     filter_zero_variance: bool = False
     """Leave groups whose rewards are all equal out of the step (they are counted, and others are admitted instead)."""
-    device: str = "cpu"
+    device: Device = "cpu"
     """`cpu` or `cuda`; of several ranks each takes a GPU of its own."""
     ranks: int = Field(default=1, ge=1)
     """Processes on this machine that train together, one a GPU; on several machines `accelerate launch` says it."""

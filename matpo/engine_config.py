@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from matpo.section import Section
+from matpo.section import Device, Section
 
 STARTING: Final = frozenset({"servers", "gpus", "python", "threads", "memory_fraction", "arguments", "max_batch"})
 """Options of servers that the actor starts."""
@@ -17,7 +17,7 @@ class EmbeddedEngine(Section):
     """Continuous batching in the actor's own process, for CPU or one small GPU."""
 
     kind: Literal["embedded"] = "embedded"
-    device: str = "cpu"
+    device: Device = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: int = Field(default=1, ge=1)
     max_batch: int = Field(default=64, ge=1)

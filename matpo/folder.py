@@ -50,6 +50,17 @@ class RunFolder:
         raise UserError(f"run.dir {str(config.run.dir)!r} already holds a hundred runs of this second; wait a moment")
 
     @classmethod
+    def at(cls, path: Path, config: Config) -> RunFolder:
+        """This very folder, made if need be, with the resolved config in it."""
+        folder = cls(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            folder.write_config(config)
+        except OSError as error:
+            raise UserError(f"run {str(path)!r} cannot be written ({error.strerror}); give another") from error
+        return folder
+
+    @classmethod
     def existing(cls, path: Path) -> RunFolder:
         """A folder that an earlier `matpo run` made."""
         folder = cls(path)

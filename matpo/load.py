@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import stat
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel, JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from matpo.config import Config
 from matpo.errors import UserError
-from matpo.redaction import HIDDEN
-
-Tree = dict[str, JsonValue]
+from matpo.explain import Tree, explain
 
 SECRETS_FILE: Final = "secrets.json"
 """Beside a run's config.json, where that shows `<hidden>`: server → setting → value."""
 _SECRETS: Final = TypeAdapter(dict[str, Tree])
-_NOT_SECRET: Final = frozenset({"matpo", "command", "type", "cwd", "disabled", "envFile"})
-"""Settings of a tool server whose values errors may quote."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -31,13 +26,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Relative paths in the file are taken from the working directory. Raises `UserError` naming the key, the value and
     the remedy.
     """
-    if not path.is_file():
-        raise UserError(f"config file {str(path)!r} does not exist; the shipped ones are in configs/")
-    text = path.read_text(encoding="utf-8")
-    try:
-        tree: Tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"config file {str(path)!r} cannot be parsed: {error}") from error
+    tree = _read(path)
     if path.suffix == ".json":
         _fill_in(tree, path.with_name(SECRETS_FILE))
     for override in overrides:
@@ -49,6 +38,26 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     for entry in config.tools.mcpServers.values():
         entry.conceal()
     return config
+
+
+def _read(path: Path) -> Tree:
+    """The settings as they are written."""
+    name = f"config file {str(path)!r}"
+    form = "JSON" if path.suffix == ".json" else "TOML"
+    if not path.exists():
+        raise UserError(f"{name} does not exist; the shipped ones are in configs/")
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree: JsonValue = json.loads(text) if form == "JSON" else tomllib.loads(text)
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror}); give a TOML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text (at byte {error.start}); save it as UTF-8") from error
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{name} is not {form}: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{name} holds a list or a value; give a TOML file, or the config.json of a run")
+    return tree
 
 
 def _fill_in(tree: Tree, secrets: Path) -> None:
@@ -86,80 +95,3 @@ def _apply(tree: Tree, override: str) -> None:
             raise UserError(f"override {key!r}: {section!r} is a value, not a section")
         node = child
     node[last] = value
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem of a validation error as `key = value: what is wrong; remedy`."""
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    key = ".".join(location)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(model, location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(sorted(known)) or 'none'}"
-        if location[-2:-1] and not close and location[-2] in _kinds(_nodes_at(model, location[:-2])):
-            hint += f'; to change the kind, replace the section: {".".join(location[:-2])}={{kind="…", …}}'
-        return f"unknown option {key}{_quoted(location, first['input'])}; {hint}{more}"
-    if first["type"] == "missing":
-        return f"option {key} is missing; set it{more}"
-    if first["type"] == "union_tag_not_found":
-        tag = str(first.get("ctx", {}).get("discriminator", "")).strip("'")
-        return f"option {key}.{tag} is missing; known here: {', '.join(_tags_at(model, location, tag))}{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(first["input"], dict) else _quoted(location, first["input"])
-    return f"{key}{value}: {message}{more}" if key else f"{message}{more}"
-
-
-def _quoted(location: Sequence[str], value: object) -> str:
-    """The value an error is about, unless it may be secret."""
-    if not location:
-        return ""
-    inside = location[location.index("mcpServers") + 2 :] if "mcpServers" in location else location
-    return f" = {value!r}" if inside is location or (inside and inside[0] in _NOT_SECRET) else f" = {HIDDEN}"
-
-
-def _tags_at(model: type[BaseModel], location: Sequence[str], tag: str) -> list[str]:
-    """The values that the discriminator `tag` of a union may have."""
-    constants = (_properties(node).get(tag, {}).get("const") for node in _nodes_at(model, location))
-    return sorted(str(constant) for constant in constants if constant is not None)
-
-
-def _kinds(nodes: Iterable[Tree]) -> set[str]:
-    """The fixed values among the fields: what tells the members of a union apart."""
-    constants = (field.get("const") for node in nodes for field in _properties(node).values())
-    return {str(constant) for constant in constants if constant is not None}
-
-
-def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    """Names of the options a section has; for a union of sections, of all its members."""
-    return sorted({name for node in _nodes_at(model, location) for name in _properties(node)})
-
-
-def _nodes_at(model: type[BaseModel], location: Sequence[str]) -> list[Tree]:
-    schema = model.model_json_schema()
-    definitions = schema.get("$defs", {})
-    nodes = [schema]
-    for part in location:
-        following = []
-        for node in nodes:
-            child = _properties(node).get(part) or node.get("additionalProperties")
-            if isinstance(child, dict):
-                following += _resolve(child, definitions)
-        nodes = following or [node for node in nodes if part in _kinds([node])] or nodes
-    return nodes
-
-
-def _properties(node: Tree) -> dict[str, Tree]:
-    found = node.get("properties")
-    return {name: child for name, child in found.items() if isinstance(child, dict)} if isinstance(found, dict) else {}
-
-
-def _resolve(node: Tree, definitions: dict[str, Tree]) -> list[Tree]:
-    options = node.get("anyOf") or node.get("oneOf") or node.get("allOf") or [node]
-    found: list[Tree] = []
-    for option in options if isinstance(options, list) else []:
-        if isinstance(option, dict):
-            reference = option.get("$ref")
-            found.append(definitions[reference.rsplit("/", 1)[1]] if isinstance(reference, str) else option)
-    return found

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import structlog
 
-from matpo.errors import NO_SPACE
+from matpo.errors import NO_SPACE, UserError
 from matpo.redaction import hide
 
 
@@ -17,7 +17,11 @@ class _LineFile:
     """Appends lines, and leaves out what a full disk does not take: a log must not end what it tells about."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise UserError(f"log {str(path)!r} cannot be written ({error.strerror}); give another folder") from error
 
     def msg(self, line: str) -> None:
         try:
@@ -30,7 +34,10 @@ class _LineFile:
 
 
 def configure_logs(path: Path | None, component: str) -> None:
-    """Send this process's log to `path` as JSON lines (or to stderr, for people, when it is None)."""
+    """Send this process's log to `path` as JSON lines (or to stderr, for people, when it is None).
+
+    Raises `UserError`.
+    """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -44,7 +51,6 @@ def configure_logs(path: Path | None, component: str) -> None:
             wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         )
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = _LineFile(path)
         structlog.configure(
             processors=[*shared, _hiding(structlog.processors.JSONRenderer())],

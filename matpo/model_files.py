@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import orjson
+from pydantic import JsonValue
+
 from matpo.config import Model
 from matpo.errors import UserError
+from protocols.weights import BadWeights, OtherFormat, read_keyframe
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -25,9 +29,29 @@ def model_folder(model: Model) -> Path:
 def require_model_files(model: Model) -> None:
     """Check that everything a run reads from the model's folder is there, before any process starts."""
     folder = model_folder(model)
-    if not any(folder.glob("*.safetensors")):
+    _require_object(folder / "config.json", "model_type")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
         raise UserError(f"model.path {str(folder)!r} holds no .safetensors file; give a folder with weights")
+    for file in weights:
+        try:
+            read_keyframe(file)  # only its header
+        except OtherFormat:
+            continue  # the trainer converts it
+        except BadWeights as error:
+            raise UserError(f"{error} (copy it there again)") from error
     tokenizer_digest(model)
+    _require_object(folder / TOKENIZER_FILES[0], "model")
+
+
+def _require_object(file: Path, key: str) -> None:
+    """Raise `UserError` for what is no JSON object with this key."""
+    try:
+        content: JsonValue = orjson.loads(file.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{str(file)!r} is not JSON ({error.msg}); copy it there again") from error
+    if not isinstance(content, dict) or key not in content:
+        raise UserError(f"{str(file)!r} has no {key!r}; copy it there again")
 
 
 def chat_template(model: Model) -> str | None:

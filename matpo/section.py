@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import re
+from typing import Annotated, Final
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_DEVICE: Final = re.compile(r"cpu|mps|cuda(:\d+)?")
 
 
 class Section(BaseModel):
@@ -13,3 +19,21 @@ class Section(BaseModel):
     def changed(self, *names: str) -> list[str]:
         """Which of these options have another value than their default."""
         return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+
+
+def _name(text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise ValueError("may hold letters, digits, dots, dashes and underscores, up to 64")
+    return text
+
+
+def _device(text: str) -> str:
+    if not _DEVICE.fullmatch(text):
+        raise ValueError("is no device; give cpu, cuda or cuda:NUMBER")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_name)]
+"""Part of the name of a file or folder."""
+Device = Annotated[str, AfterValidator(_device)]
+"""Where torch computes."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, model_validator
 
 from matpo.section import Section
-from protocols.keys import PUBLIC_KEY
+from protocols.keys import checked_public
 
 
 class ActorWeights(Section):
@@ -17,7 +18,7 @@ class ActorWeights(Section):
     """The learner's RUN/weights, on a file system this machine shares: objects are read there. `matpo run` sets it."""
     relay: str | None = None
     """tcp://HOST:PORT of a `matpo-relay`: bulk bytes come from it, everything else from the hub."""
-    relay_key: str | None = Field(default=None, pattern=PUBLIC_KEY)
+    relay_key: Annotated[str, AfterValidator(checked_public)] | None = None
     """The relay's public key, as `matpo keys show` prints it there; needed where the run uses keys."""
     memory: Path | None = None
     """Folder for the copy all actors of this run and machine map, with room for two sets of weights; None: /dev/shm, or

@@ -97,7 +97,7 @@ def write_hub_keys(directory: Path, *, hub: KeyPair, actor: KeyPair) -> None:
 
 def write_actor_keys(directory: Path, pair: KeyPair, *, hub: str) -> None:
     """Write `actor.key` for the hub with this public key. Raises `BadKeys` where there is one already."""
-    check_public(hub)
+    checked_public(hub)
     _require_new(directory, ACTOR_FILE)
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -106,15 +106,16 @@ def write_actor_keys(directory: Path, pair: KeyPair, *, hub: str) -> None:
     _write_secret(directory / ACTOR_FILE, _ActorFile(pair=pair, hub=hub).model_dump_json())
 
 
-def check_public(public: str) -> None:
-    """Raise `BadKeys` for what is no public key."""
+def checked_public(public: str) -> str:
+    """The same text; raises `BadKeys` for what is no public key."""
     if not re.fullmatch(PUBLIC_KEY, public):
         raise BadKeys(f"{public!r} is not a public key (40 Z85 characters, as `matpo keys show` prints)")
+    return public
 
 
 def allow(directory: Path, public: str) -> None:
     """Let the actor with this public key in; a running hub notices at once. Raises `BadKeys` for a malformed key."""
-    check_public(public)
+    checked_public(public)
     if not directory.is_dir():
         raise BadKeys(f"folder {directory} does not exist; make keys with `matpo keys new {directory}`")
     known = allowed(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 from collections import Counter
 from collections.abc import Sequence
@@ -127,7 +128,7 @@ def check_listen(endpoint: str, keys: HubKeys | None) -> None:
     except socket.gaierror:
         return  # ZeroMQ also takes the name of an interface
     except OSError as error:
-        raise CannotListen(endpoint, error.strerror or str(error)) from error
+        raise CannotListen(endpoint, os.strerror(error.errno or 0)) from error
 
 
 def read_for_hub(parts: Sequence[memoryview], *, max_message_bytes: int) -> HubInput | Refuse:

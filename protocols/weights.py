@@ -75,6 +75,10 @@ class BadWeights(ValueError):
     """A weight file is damaged or holds what we do not use; the message names the file."""
 
 
+class OtherFormat(BadWeights):
+    """A number format that we do not use."""
+
+
 class _Entry(Record):
     """A tensor in the header of a safetensors file."""
 
@@ -138,7 +142,7 @@ def read_keyframe(path: Path, *, writable: bool = False) -> Weights:
 def _view(path: Path, name: str, entry: _Entry, body: NDArray[np.uint8]) -> Tensor:
     dtype = _TO_NAME.get(entry.dtype)
     if dtype is None:
-        raise BadWeights(f"weight file {path}: tensor {name!r} is {entry.dtype}; only F32 and BF16 are used here")
+        raise OtherFormat(f"weight file {path}: tensor {name!r} is {entry.dtype}; only F32 and BF16 are used here")
     item = np.dtype(np.float32 if dtype == "float32" else np.uint16)
     start, stop = entry.data_offsets
     if not 0 <= start <= stop <= len(body) or stop - start != item.itemsize * math.prod(entry.shape):

@@ -11,7 +11,7 @@ from pydantic import JsonValue, ValidationError
 
 from matpo.config import McpServer
 from matpo.errors import UserError
-from matpo.load import explain
+from matpo.explain import explain
 
 _STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
 _STRING_OR_TRAILING_COMMA = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])')

@@ -114,7 +114,7 @@ class Policy:
         The first of several ranks looks at the model in host memory; then each takes its part of it to its device.
         """
         register()
-        device = torch.device(learner.device) if ranks.count == 1 else model.device
+        device = usable(learner.device) if ranks.count == 1 else model.device
         # Dropout would make π depend on the draw; evaluation mode switches it off and keeps gradients.
         torch.nn.Module.to(model, device=device, dtype=torch.float32)
         torch.nn.Module.train(model, False)
@@ -232,6 +232,15 @@ class Policy:
                 f"model {name} cannot share prefixes: its hidden states then differ by {difference:.2g} (relative), as"
                 f" those of anything but causal softmax attention do; {PACKED_REMEDY}"
             )
+
+
+def usable(device: str) -> torch.device:
+    """The device. Raises `UserError` where torch does not have it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # what torch raises depends on how it was built
+        reason = str(error).splitlines()[0]
+        raise UserError(f"learner.device = {device!r}: {reason}; set it to cpu, or install torch for it") from error
 
 
 def without_weights(folder: Path) -> PreTrainedModel:

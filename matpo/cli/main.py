@@ -29,7 +29,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     parsed, rest = _parser().parse_known_args(arguments)
     # Overrides after an option arrive in `rest`: argparse fills a list of positionals only once.
     overridden = parsed.command in ("run", "config")
-    strays = [word for word in rest if not overridden or word.startswith("-") or "=" not in word]
+    strays = [word for word in rest if not overridden or word.startswith("-")]
     if strays and parsed.command not in PASSED_ON:
         close = difflib.get_close_matches(strays[0], ("--dry-run", "--resume", "--help"), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("run", help="train on this machine: learner and actors as child processes")
     command.add_argument("config", type=Path, help="TOML file, for example configs/quickstart.toml")
-    command.add_argument("override", nargs="*", help="section.key=value, for example learner.lr=1e-4")
+    command.add_argument("override", nargs="*", default=[], help="section.key=value, as learner.lr=1e-4")
     command.add_argument("--resume", type=Path, metavar="RUN", help="go on in the folder of an earlier run")
     command.add_argument(
         "--dry-run", action="store_true", help="check settings, files, address and tool servers, then stop"
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("config", help="print the resolved settings, or say what is wrong with them")
     command.add_argument("config", type=Path)
-    command.add_argument("override", nargs="*")
+    command.add_argument("override", nargs="*", default=[])
 
     add_keys_commands(commands.add_parser("keys", help="make and show the keys of encrypted links"))
 

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import orjson
 from pydantic import Field, JsonValue, ValidationError
 
 from matpo.errors import UserError
 from protocols.records import Record, Task
+
+_FORMS: Final = {
+    "question": "a text",
+    "answers": "a list of texts",
+    "metadata": "an object",
+    "tool_arguments": "an object: tool → argument → value",
+}
 
 
 class Row(Record):
@@ -63,9 +71,12 @@ def _row(line: bytes, where: str) -> Row:
 
 def _problem(error: ValidationError) -> str:
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"]) or "row"
+    field = ".".join(str(part) for part in first["loc"])
+    given = repr(first["input"])[:60]
+    if not field:
+        return f"{given} is no JSON object; a row is one, with question (text) and answers (list of texts)"
     if first["type"] == "missing":
         return f"field {field!r} is missing; a row needs question (text) and answers (list of texts)"
     if first["type"] == "extra_forbidden":
         return f'unknown field {field!r}; put further fields under "metadata"'
-    return f"field {field!r} = {str(first['input'])[:60]!r}: {first['msg']}"
+    return f"field {field!r} = {given} must be {_FORMS[str(first['loc'][0])]}"

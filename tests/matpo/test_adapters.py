@@ -56,7 +56,7 @@ def test_a_saved_adapter_comes_back_as_it_was(tmp_path: Path) -> None:
         ({"r": 4}, r"\(4, 3\.0, \['o_proj', 'q_proj'\]\)"),
         ({"use_rslora": True}, "not supported"),
         ({"modules_to_save": ["lm_head"]}, "not supported"),
-        ({"target_modules": 3}, "cannot be read"),
+        ({"target_modules": 3}, "target_modules = 3: must be a list; give a folder that PEFT saved"),
     ],
 )
 def test_an_adapter_that_is_not_as_the_config_says_is_refused(

@@ -32,13 +32,13 @@ def test_a_row_becomes_a_task_with_everything_it_says(tmp_path: Path) -> None:
     ("line", "said"),
     [
         ('{"question": "Who?"}', "field 'answers' is missing; a row needs question (text) and answers (list of texts)"),
-        ('{"question": "Who?", "answers": "Ann"}', "field 'answers' = 'Ann': "),
-        ('{"question": "Who?", "answers": [3]}', "field 'answers.0' = '3': "),
+        ('{"question": "Who?", "answers": "Ann"}', "field 'answers' = 'Ann' must be a list of texts"),
+        ('{"question": "Who?", "answers": [3]}', "field 'answers.0' = 3 must be a list of texts"),
         ('{"question": " ", "answers": ["Ann"]}', "field 'question' is empty"),
         ('{"question": "Who?", "answers": []}', "field 'answers' is empty"),
         ('{"question": "Who?", "answers": ["Ann"], "hops": 2}', "unknown field 'hops'; put further fields under"),
         ('{"question": ', "not valid JSON"),
-        ("[1]", "field 'row' = '[1]': "),
+        ("[1]", "[1] is no JSON object; a row is one, with question"),
     ],
 )
 def test_a_wrong_row_is_named_by_file_line_field_and_remedy(tmp_path: Path, line: str, said: str) -> None:

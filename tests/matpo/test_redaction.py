@@ -158,11 +158,14 @@ def test_secrets_that_others_can_read_are_refused_with_the_remedy(tmp_path: Path
     [
         (
             "tools.mcpServers.one.env.API_KEY=[1]",
-            "tools.mcpServers.one.env.API_KEY = <hidden>: Input should be a valid",
+            "tools.mcpServers.one.env.API_KEY = <hidden>: must be a valid",
         ),
         ("tools.mcpServers.one.environment.K=planted-7", "unknown option tools.mcpServers.one.environment = <hidden>;"),
-        ("tools.mcpServers.one.headers=planted-8", "tools.mcpServers.one.headers = <hidden>: Input should be a valid"),
-        ("tools.mcpServers.one.type=odd", "tools.mcpServers.one.type = 'odd': Input should be"),
+        (
+            "tools.mcpServers.one.headers=planted-8",
+            "tools.mcpServers.one.headers = <hidden>: must be a section of names and values",
+        ),
+        ("tools.mcpServers.one.type=odd", "tools.mcpServers.one.type = 'odd': must be"),
     ],
 )
 def test_errors_quote_no_value_that_may_be_secret(override: str, message: str) -> None:

@@ -97,13 +97,16 @@ def test_every_spelling_of_a_transport_is_understood(entry: dict[str, str], tran
         ('{"command": "x", "type": "http"}', "type 'http' does not fit"),
         ('{"url": "http://h", "args": ["x"]}', "`args` has no effect on a server with a `url`"),
         ('{"command": "x", "headers": {"a": "b"}}', "`headers` has no effect on a server with a `command`"),
-        ('{"command": "x", "type": "websocket"}', "type = 'websocket': Input should be 'stdio', 'http'"),
+        ('{"command": "x", "type": "websocket"}', "type = 'websocket': must be 'stdio', 'http'"),
         ('{"command": "x", "matpo": {"timeout": 5}}', "unknown option matpo.timeout = 5; did you mean 'timeout_s'"),
         ('{"command": "x", "matpo": {"retries": 5}}', "retries apply to idempotent tools only"),
         ('{"command": "x", "matpo": {"max_episodes": 5}}', "max_episodes has no effect on a shared server"),
         ('{"command": "x", "matpo": {"scope": "episode", "replicas": 2}}', "replicas are copies of a shared server"),
         ('{"command": "x", "matpo": {"scope": "episode", "cache": "record"}}', "cache goes with scope = 'shared'"),
-        ('"x"', "server 'a': Input should be"),
+        ('"x"', "server 'a': must be a section of names and values"),
+        ('{"command": "x", "env": {"API_KEY": 12345678}}', "env.API_KEY = <hidden>: must be a valid string"),
+        ('{"command": "x", "enviroment": {"API_KEY": "planted"}}', "option enviroment = <hidden>; known here: args"),
+        ('{"command": "x", "headers": "Bearer planted"}', "headers = <hidden>: must be a section of names and"),
     ],
 )
 def test_a_bad_entry_is_an_error_that_names_file_server_and_key(tmp_path: Path, entry: str, problem: str) -> None:
