@@ -85,6 +85,15 @@ class WorldData(Section):
     """World seeds are first_seed … first_seed + worlds - 1; keep training and evaluation apart."""
     questions: int = Field(default=4096, ge=1)
     hops: tuple[int, ...] = (1, 2, 3)
+    """`ask = "questions"`: facts a question's answer takes."""
+    ask: Literal["questions", "pairs"] = "questions"
+    """Questions, or two facts to be named by the agents of a joint answer (`rewards.answer = "cover"`)."""
+
+    @model_validator(mode="after")
+    def _effective(self) -> WorldData:
+        if self.ask == "pairs" and self.changed("hops"):
+            raise ValueError('hops has no effect with ask = "pairs"; remove it')
+        return self
 
 
 class JsonlData(Section):

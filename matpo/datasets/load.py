@@ -6,7 +6,7 @@ import random
 
 from matpo.config import Dataset, JsonlData, WorldData
 from matpo.datasets.jsonl import read_jsonl
-from matpo.datasets.world import TEMPLATES, Question, collection, questions
+from matpo.datasets.world import TEMPLATES, Question, collection, documents, questions
 from matpo.errors import UserError
 from protocols.records import Task
 
@@ -48,7 +48,11 @@ def _world_tasks(dataset: WorldData) -> list[Task]:
     share = sum(template.hops in dataset.hops for template in TEMPLATES) / len(TEMPLATES)
     worlds = min(dataset.worlds, dataset.questions)
     per_world = -(-dataset.questions // worlds)
-    columns = [_unique(dataset.first_seed + offset, dataset.hops, per_world, share) for offset in range(worlds)]
+    seeds = range(dataset.first_seed, dataset.first_seed + worlds)
+    if dataset.ask == "pairs":
+        columns = [_pairs(seed, per_world) for seed in seeds]
+    else:
+        columns = [_unique(seed, dataset.hops, per_world, share) for seed in seeds]
     rounds = [column[row] for row in range(per_world) for column in columns if row < len(column)]
     if len(rounds) < dataset.questions:
         raise UserError(
@@ -56,6 +60,19 @@ def _world_tasks(dataset: WorldData) -> list[Task]:
             " raise data.worlds"
         )
     return rounds[: dataset.questions]
+
+
+def _pairs(world: int, count: int) -> list[Task]:
+    """`count` different pairs of facts whose objects differ: what the answers of two agents are to cover."""
+    draw = random.Random(f"matpo-pairs-{world}")
+    facts = [text.split()[:3] for _, text in documents(world)]
+    tasks: dict[str, Task] = {}
+    while len(tasks) < min(count, len(facts)):  # far fewer than there are
+        one, other = draw.sample(facts, 2)
+        if one[2] != other[2]:
+            task = Task.make(" ".join([*one, *other]), (one[2], other[2]), {"world": world})
+            tasks[task.task_id] = task
+    return list(tasks.values())
 
 
 def _unique(world: int, hops: tuple[int, ...], count: int, share: float) -> list[Task]:

@@ -10,6 +10,7 @@ import pytest
 from matpo.config import JsonlData, WorldData
 from matpo.datasets.jsonl import read_jsonl
 from matpo.datasets.load import load_tasks
+from matpo.datasets.world import documents
 from matpo.errors import UserError
 
 
@@ -98,3 +99,18 @@ def test_the_shipped_question_files_can_be_read() -> None:
     train, held_out = (read_jsonl(folder / f"smollm2_{part}.jsonl") for part in ("train", "evaluation"))
     assert len(train) == 22 and len(held_out) == 8
     assert not {task.task_id for task in train} & {task.task_id for task in held_out}
+
+
+def test_pairs_are_two_facts_of_a_world_whose_objects_are_to_be_named() -> None:
+    tasks = load_tasks(WorldData(ask="pairs", worlds=3, questions=30), seed=0)
+    assert len(tasks) == 30
+    for task in tasks:
+        words = task.question.split()
+        facts = {tuple(text.split()[:3]) for _, text in documents(int(str(task.metadata["world"])))}
+        assert (tuple(words[:3]) in facts, tuple(words[3:]) in facts) == (True, True)
+        assert task.answers == (words[2], words[5]) and words[2] != words[5]
+
+
+def test_hops_of_pairs_are_refused() -> None:
+    with pytest.raises(ValueError, match='no effect with ask = "pairs"'):
+        WorldData(ask="pairs", hops=(1,))
