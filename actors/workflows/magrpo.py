@@ -32,9 +32,13 @@ async def magrpo(scene: Scene, settings: Magrpo) -> float | None:
 
     A node is what a joint answer led to (or the task); every agent draws `samples` answers there, which `pairing` makes
     joint answers, each scored on its own. The return of a joint answer is its score and the mean return of those after.
+    An evaluation plays one joint answer a turn and returns the score of the last.
     """
+    if scene.purpose == "eval":
+        settings = settings.model_copy(update={"samples": 1})
     drawn = [[enter(scene, role, scene.task.question) for _ in range(settings.samples)] for role in settings.agents]
-    return await _node(scene, settings, drawn, after=None, turns_left=settings.turns - 1)
+    value = await _node(scene, settings, drawn, after=None, turns_left=settings.turns - 1)
+    return scene.joints[-1].reward if scene.purpose == "eval" else value
 
 
 async def _node(

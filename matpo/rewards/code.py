@@ -20,6 +20,7 @@ from protocols.records import Index, Record, Task
 HELPER: Final = "aux"
 """What the first agent of a collaboration is asked to write."""
 COLLABORATION_BEST: Final = 4.0
+"""Points."""
 _HARNESS: Final = (Path(__file__).parent / "inside" / "harness.py").read_text(encoding="utf-8")
 _FENCE: Final = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
@@ -68,7 +69,7 @@ async def code_tests(task: Task, messages: Sequence[str], sandbox: Sandbox, *, t
 
 async def collaboration(task: Task, messages: Sequence[str], sandbox: Sandbox, *, timeout_s: float) -> Verdict:
     """MAGRPO's reward for two who write one program (arXiv 2508.04652): `aux` by the first, `metadata["entry_point"]`,
-    which may call it, by the last. From 0 to 4:
+    which may call it, by the last. Share of 4 points:
 
     0.4 `aux` is defined and returns something · 0.6 the main function is defined, else no more · 0.5 the programs
     together parse, else no more · up to 1 for the share of tests passed · and if any: 0.5 main calls `aux`, 1 more if
@@ -81,12 +82,13 @@ async def collaboration(task: Task, messages: Sequence[str], sandbox: Sandbox, *
     found = await _look(programs, tests, sandbox, main=main, timeout_s=timeout_s)
     if found is None:
         return UNKNOWN
-    score = 0.4 * found.helper_returns + 0.6 * found.main_defined
+    points = 0.4 * found.helper_returns + 0.6 * found.main_defined
     if found.main_defined and found.parses:
-        score += 0.5 + found.passed / len(tests)
+        points += 0.5 + found.passed / len(tests)
         if found.passed and found.main_uses_helper:
-            score += 0.5 + (not found.thin) - 0.5 * found.helper_ignored
-    return Verdict(score, passed=found.passed == len(tests), feedback=_told(found, tests, main=main))
+            points += 0.5 + (not found.thin) - 0.5 * found.helper_ignored
+    passed = found.passed == len(tests)
+    return Verdict(points / COLLABORATION_BEST, passed=passed, feedback=_told(found, tests, main=main))
 
 
 def tests_of(task: Task) -> list[str]:

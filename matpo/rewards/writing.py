@@ -21,6 +21,8 @@ TRANSITIONS: Final = {
     "summary": ("overall", "summary", "conclusion", "short", "ultimately"),
 }
 """Kinds of transition words."""
+BEST: Final = 3.0
+"""Points."""
 ENOUGH_KINDS: Final = 3
 """Kinds for the full score."""
 _WORD: Final = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
@@ -91,28 +93,30 @@ ARXIV: Final = Bands(128, 256, Band(0.8, 1.3, 1.6, 2.0), Band(0.0, 0.7, 1.3, _NE
 
 
 def writing(messages: Sequence[str], bands: Bands) -> Verdict:
-    """From 0 to 3, each level only after the one before: 0.5 per text of the right length; 1 for the ratio of lengths;
+    """Share of 3 points, each level only after the one before: 0.5 per text of the right length; 1 for the ratio of lengths;
     0.5 for the ratio of different words; 1 for style: 0.4 transition words, 0.6 vocabulary in common (Jaccard)."""
     if len(messages) != 2:
         raise ValueError(f"the writing rewards are for two agents, not {len(messages)}")
     first, second = (_WORD.findall(message.lower()) for message in messages)
     fits = [bands.fewest_words <= len(words) <= bands.most_words for words in (first, second)]
-    score = 0.5 * sum(fits)
+    points = 0.5 * sum(fits)
     if not all(fits):
-        return Verdict(score, feedback=f"Each text needs {bands.fewest_words} to {bands.most_words} words.")
+        return Verdict(points / BEST, feedback=f"Each text needs {bands.fewest_words} to {bands.most_words} words.")
     ratio = bands.ratio.score(len(second) / len(first))
-    score += ratio
+    points += ratio
     if not ratio:
-        return Verdict(score, feedback=f"The second text has {len(second)} words, the first {len(first)}.")
+        return Verdict(points / BEST, feedback=f"The second text has {len(second)} words, the first {len(first)}.")
     one, other = ({word for word in words if word not in _STOP_WORDS} for words in (first, second))
     unique = bands.unique.score(len(other) / len(one)) if one else 0.0
     if bands is ARXIV:
         unique = float(unique == 1)
-    score += 0.5 * unique
+    points += 0.5 * unique
     if not unique:
-        return Verdict(score, feedback="The number of different words in the two texts does not fit.")
+        return Verdict(points / BEST, feedback="The number of different words in the two texts does not fit.")
     style = 0.4 * transitions([*first, *second]) + 0.6 * len(one & other) / len(one | other)
-    return Verdict(score + style, passed=style >= 1, feedback="Use transition words and the same terms in both texts.")
+    return Verdict(
+        (points + style) / BEST, passed=style >= 1, feedback="Use transition words and the same terms in both texts."
+    )
 
 
 def transitions(words: Sequence[str]) -> float:

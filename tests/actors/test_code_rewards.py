@@ -73,7 +73,7 @@ async def test_a_collaboration_earns_the_levels_it_reaches() -> None:
         ("def aux(x): return", "("),
         (AUX, ""),
     )
-    assert [verdict.score for verdict in found] == [
+    assert [verdict.score and 4 * verdict.score for verdict in found] == [
         pytest.approx(0.4 + 0.6 + 0.5 + 1.0 + 0.5 + 1.0),
         pytest.approx(0.4 + 0.6 + 0.5 + 1.0 + 0.5),  # a thin wrapper
         pytest.approx(0.4 + 0.6 + 0.5 + 1.0 + 0.5 + 1.0 - 0.5),  # the helper's result is ignored

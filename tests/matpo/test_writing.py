@@ -26,9 +26,9 @@ def test_a_band_falls_to_nothing_along_straight_lines(value: float, score: float
 
 
 def test_a_text_of_the_wrong_length_ends_the_count() -> None:
-    assert writing(["too short", words(20)], TLDR).score == 0.5
+    assert writing(["too short", words(20)], TLDR).score == pytest.approx(0.5 / 3)
     assert writing(["short", "too"], TLDR).score == 0.0
-    assert writing([words(10), words(10)], TLDR).score == 1.0  # both fit, their ratio does not
+    assert writing([words(10), words(10)], TLDR).score == pytest.approx(1 / 3)  # both fit, their ratio does not
 
 
 def test_levels_add_up_to_style() -> None:
@@ -36,14 +36,14 @@ def test_levels_add_up_to_style() -> None:
     unique = (17 / 9 - 1.3) / 0.7
     # because, however, finally: three kinds of transition words; 9 of 17 words in common.
     style = 0.4 * 1.0 + 0.6 * 9 / 17
-    assert writing([FIRST, SECOND], TLDR).score == pytest.approx(2.0 + 0.5 * unique + style)
+    assert writing([FIRST, SECOND], TLDR).score == pytest.approx((2.0 + 0.5 * unique + style) / 3)
 
 
 def test_an_expanded_abstract_counts_different_words_all_or_nothing() -> None:
     # 130 and 180 words, ratio 1.38; different words 130 and 180: ratio 1.38 is outside 0.7 … 1.3, so nothing more.
-    assert writing([words(130), words(180)], ARXIV).score == pytest.approx(2.0)
+    assert writing([words(130), words(180)], ARXIV).score == pytest.approx(2.0 / 3)
     # 50 repeated words make it 130 to 130; all words in common, no transition words.
-    assert writing([words(130), f"{words(130)} {words(50)}"], ARXIV).score == pytest.approx(2.0 + 0.5 + 0.6)
+    assert writing([words(130), f"{words(130)} {words(50)}"], ARXIV).score == pytest.approx((2.0 + 0.5 + 0.6) / 3)
 
 
 def test_kinds_of_transition_words_count_once() -> None:

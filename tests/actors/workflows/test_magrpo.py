@@ -11,6 +11,7 @@ from actors.episode import play_episode
 from actors.scene import Stage
 from matpo.config import Sampling
 from protocols.codec import decode_tree, encode_tree
+from protocols.messages import Purpose
 from protocols.records import EpisodeTree, Joint, Task
 from tests.actors.fakes import Say, Script, last_message, settings, stage
 
@@ -27,9 +28,9 @@ def open_stage(script: Script, answer: str = "cover", **workflow: object) -> Sta
     return stage(config.model_copy(update={"rewards": rewards}), script)[0]
 
 
-async def played(on_stage: Stage) -> EpisodeTree:
+async def played(on_stage: Stage, purpose: Purpose = "train") -> EpisodeTree:
     with anyio.fail_after(10):
-        return await play_episode(TASK, lease_id="l", group_id="g", episode=0, purpose="train", stage=on_stage)
+        return await play_episode(TASK, lease_id="l", group_id="g", episode=0, purpose=purpose, stage=on_stage)
 
 
 def in_turn(**lines: list[str]) -> Script:
@@ -135,6 +136,12 @@ async def test_only_the_best_joint_answer_is_followed_where_the_config_says_so()
 async def test_a_node_that_is_good_enough_is_not_followed() -> None:
     tree = await played(open_stage(in_turn(left=["Ann"], right=["Bob"]), stop_above=0.9))
     assert len(tree.joints) == 1 and tree.rewards["total"] == 1.0
+
+
+async def test_an_evaluation_plays_one_joint_answer_a_turn_and_counts_the_last() -> None:
+    lines = in_turn(left=["Ann", "Ann"], right=["Zoe", "Bob"])
+    tree = await played(open_stage(lines, samples=2, pairing="cross"), "eval")
+    assert [joint.reward for joint in tree.joints] == [0.5, 1.0] and tree.rewards["answer"] == 1.0
 
 
 async def test_an_engine_that_dies_leaves_the_joint_answer_and_the_episode_unscored() -> None:
