@@ -68,9 +68,11 @@ class Band:
         """Between 0 and 1."""
         if self.low <= value <= self.high:
             return 1.0
+        if not self.lowest < value < self.highest:
+            return 0.0
         if value < self.low:
-            return max(0.0, (value - self.lowest) / (self.low - self.lowest)) if value > self.lowest else 0.0
-        return max(0.0, (self.highest - value) / (self.highest - self.high)) if value < self.highest else 0.0
+            return (value - self.lowest) / (self.low - self.lowest)
+        return (self.highest - value) / (self.highest - self.high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +90,14 @@ class Bands:
 _NEVER = float("inf")
 TLDR: Final = Bands(8, 256, Band(1.1, 1.6, 3.2, 5.0), Band(1.3, 2.0, _NEVER, _NEVER))
 """A concise and a detailed summary."""
-ARXIV: Final = Bands(128, 256, Band(0.8, 1.3, 1.6, 2.0), Band(0.0, 0.7, 1.3, _NEVER))
+ARXIV: Final = Bands(128, 256, Band(0.8, 1.3, 1.6, 2.0), Band(0.7, 0.7, 1.3, 1.3))
 """Background and method of an expanded abstract; the different words are all or nothing."""
 
 
 def writing(messages: Sequence[str], bands: Bands) -> Verdict:
-    """Share of 3 points, each level only after the one before: 0.5 per text of the right length; 1 for the ratio of lengths;
-    0.5 for the ratio of different words; 1 for style: 0.4 transition words, 0.6 vocabulary in common (Jaccard)."""
+    """Share of 3 points, each level only after the one before: 0.5 per text of the right length; 1 for the ratio of
+    lengths; 0.5 for the ratio of different words; 1 for style: 0.4 transition words, 0.6 vocabulary in common (Jaccard).
+    """
     if len(messages) != 2:
         raise ValueError(f"the writing rewards are for two agents, not {len(messages)}")
     first, second = (_WORD.findall(message.lower()) for message in messages)
@@ -108,15 +111,12 @@ def writing(messages: Sequence[str], bands: Bands) -> Verdict:
         return Verdict(points / BEST, feedback=f"The second text has {len(second)} words, the first {len(first)}.")
     one, other = ({word for word in words if word not in _STOP_WORDS} for words in (first, second))
     unique = bands.unique.score(len(other) / len(one)) if one else 0.0
-    if bands is ARXIV:
-        unique = float(unique == 1)
     points += 0.5 * unique
     if not unique:
         return Verdict(points / BEST, feedback="The number of different words in the two texts does not fit.")
     style = 0.4 * transitions([*first, *second]) + 0.6 * len(one & other) / len(one | other)
-    return Verdict(
-        (points + style) / BEST, passed=style >= 1, feedback="Use transition words and the same terms in both texts."
-    )
+    told = "Use transition words and the same terms in both texts."
+    return Verdict((points + style) / BEST, passed=style >= 1, feedback=told)
 
 
 def transitions(words: Sequence[str]) -> float:
