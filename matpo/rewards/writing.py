@@ -96,7 +96,7 @@ ARXIV: Final = Bands(128, 256, Band(0.8, 1.3, 1.6, 2.0), Band(0.7, 0.7, 1.3, 1.3
 
 def writing(messages: Sequence[str], bands: Bands) -> Verdict:
     """Share of 3 points, each level only after the one before: 0.5 per text of the right length; 1 for the ratio of
-    lengths; 0.5 for the ratio of different words; 1 for style: 0.4 transition words, 0.6 vocabulary in common (Jaccard).
+    lengths; 0.5 for the ratio of different words; 1 for style: 0.4 transition words, 0.6 words in common (Jaccard).
     """
     if len(messages) != 2:
         raise ValueError(f"the writing rewards are for two agents, not {len(messages)}")
