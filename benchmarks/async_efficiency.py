@@ -219,7 +219,7 @@ def stand_in(folder: RunFolder, config: Config, endpoint: str) -> None:
             while isinstance(answer, NotYet):
                 answer, frames = ask(link, BatchRequest(step=step))
             assert isinstance(answer, Batch), answer
-            ask(link, StepDone(step=step, trained=tuple(tree_ids(answer, frames)), filtered=()))
+            ask(link, StepDone(lineage=0, step=step, trained=tuple(tree_ids(answer, frames)), filtered=()))
 
 
 def tree_ids(batch: Batch, frames: Sequence[memoryview]) -> Iterator[str]:

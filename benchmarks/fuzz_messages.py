@@ -121,7 +121,7 @@ def to_hub(lease: Lease, hello: Hello, config_digest: str, published: WeightObje
         Goodbye(reason="SIGTERM"),
         TrainerHello(protocol=PROTOCOL, step=0, config_digest=config_digest),
         BatchRequest(step=1),
-        StepDone(step=1, trained=(tree.tree_id,), filtered=(("x", "stale"),)),
+        StepDone(lineage=0, step=1, trained=(tree.tree_id,), filtered=(("x", "stale"),)),
         Publish(version=1, digest="d1", objects=(published,)),
     ]
     plain = [[message.model_dump_json().encode()] for message in messages]

@@ -146,4 +146,6 @@ class RunFolder:
             os.kill(address.pid, 0)
         except ProcessLookupError:
             return None
+        except PermissionError:  # somebody else's hub
+            return address
         return address

@@ -44,6 +44,8 @@ class Patience:
     """Before the first, second, … restart in a row."""
     most_failures: int = MOST_FAILURES
     """In a row; then it is given up."""
+    first_s: float = 120.0
+    """For the first beat: imports from a cold disk take long. It is named after a third of it, then killed."""
     silent_s: float = 15.0
     """Without a beat; then it is named."""
     frozen_s: float = 45.0
@@ -176,12 +178,12 @@ class Kept:
         return code
 
     async def _watch(self) -> None:
-        """From its first beat on: name it when it falls silent, kill it when it stays so."""
+        """Name it when it falls silent, kill it when it stays so."""
         self._beaten()  # by a process before it
-        await anyio.wait_readable(self._link)
-        silent_s, frozen_s = self._patience.silent_s, self._patience.frozen_s
+        usual, silent_s, frozen_s = self._patience, self._patience.first_s / 3, self._patience.first_s
         while True:
             if await self._beats_within(silent_s):
+                silent_s, frozen_s = usual.silent_s, usual.frozen_s
                 continue
             log.warning(
                 "stall", who=self.name, waits_for="a turn of its own loop: it gives no sign of life", since_s=silent_s,
@@ -189,6 +191,7 @@ class Kept:
             )  # fmt: skip
             if await self._beats_within(frozen_s - silent_s) or await self._beats_within(GRACE_S):
                 log.info("goes on", child=self.name)
+                silent_s, frozen_s = usual.silent_s, usual.frozen_s
                 continue
             log.error("frozen, killed", child=self.name, silent_s=frozen_s)
             self.kill()

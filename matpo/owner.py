@@ -22,14 +22,20 @@ LEAVE_LIMIT_S: Final = 90.0
 
 
 class Owner:
-    """The link to the owner; without one, every call does nothing."""
+    """The link to the owner; without one, every call does nothing.
+
+    From the start on a thread beats: the process runs, whatever it loads or computes. The first call of `beat` takes
+    over from it: from then on it is the caller's loop that must go on. The owner kills a process that falls silent.
+    """
 
     def __init__(self, link: socket.socket | None, *, leave_limit_s: float = LEAVE_LIMIT_S) -> None:
         self._link = link
         self._leave_limit_s = leave_limit_s
         self._beaten_at = 0.0
+        self._taken_over = threading.Event()
         if link is not None:
             threading.Thread(target=self._outlive, args=(link,), name="owner", daemon=True).start()
+            threading.Thread(target=self._beat_from_a_thread, args=(link,), name="beats", daemon=True).start()
 
     @classmethod
     def at_standard_input(cls, *, owned: bool, leave_limit_s: float = LEAVE_LIMIT_S) -> Self:
@@ -43,15 +49,13 @@ class Owner:
         return cls(link, leave_limit_s=leave_limit_s)
 
     def beat(self) -> None:
-        """Say that this process goes on; from the first beat on, the owner kills a process that falls silent."""
+        """Say that the caller's loop goes on."""
+        self._taken_over.set()
         now = time.monotonic()
         if self._link is None or now - self._beaten_at < BEAT_S:
             return
         self._beaten_at = now
-        try:
-            self._link.send(b".", socket.MSG_DONTWAIT)
-        except (BlockingIOError, ConnectionError):
-            return  # the owner stands still, or is gone
+        _send_beat(self._link)
 
     async def beat_forever(self) -> None:
         """For an event loop: it beats as long as its tasks get their turns."""
@@ -59,16 +63,11 @@ class Owner:
             self.beat()
             await anyio.sleep(BEAT_S)
 
-    def beat_from_a_thread(self) -> None:
-        """For a process whose main thread computes for minutes: it beats as long as the process runs at all."""
-
-        def go_on() -> None:
-            while True:
-                self.beat()
-                time.sleep(BEAT_S)
-
-        if self._link is not None:
-            threading.Thread(target=go_on, name="beats", daemon=True).start()
+    def _beat_from_a_thread(self, link: socket.socket) -> None:
+        while True:
+            _send_beat(link)
+            if self._taken_over.wait(BEAT_S):
+                return
 
     def _outlive(self, link: socket.socket) -> None:
         """The owner never writes, so an answer means that it is gone."""
@@ -77,6 +76,13 @@ class Owner:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(self._leave_limit_s)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _send_beat(link: socket.socket) -> None:
+    try:
+        link.send(b".", socket.MSG_DONTWAIT)
+    except (BlockingIOError, ConnectionError):
+        return  # the owner stands still, or is gone
 
 
 UNOWNED: Final = Owner(None)

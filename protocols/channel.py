@@ -38,6 +38,7 @@ from protocols.sockets import (
     Doorkeeper,
     HandshakeWatcher,
     close,
+    greets,
     new_pair,
     proven_key,
     receive,
@@ -237,10 +238,19 @@ class HubClient:
 
     async def _handshake(self, watcher: HandshakeWatcher, keys: ActorKeys | None, deadline_s: float) -> None:
         with anyio.move_on_after(deadline_s):
-            await self._socket.until(lambda: self.connected or watcher.hopeless)
-        if self.connected:
+            greeted = False
+            while not await self._let_in(watcher):
+                before, greeted = greeted, keys is not None and await greets(self._endpoint)
+                if watcher.refused or (before and greeted):  # a hub that is there and hangs up: it holds another key
+                    raise WrongKey(self._endpoint, keys)
             return
-        raise WrongKey(self._endpoint, keys) if watcher.hopeless else HubUnreachable(self._endpoint, deadline_s)
+        raise HubUnreachable(self._endpoint, deadline_s)
+
+    async def _let_in(self, watcher: HandshakeWatcher) -> bool:
+        """Until the hub has let us in; False when the next handshake has failed."""
+        so_far = watcher.broken_off
+        await self._socket.until(lambda: self.connected or watcher.refused or watcher.broken_off > so_far)
+        return self.connected
 
 
 class TrainerLink:

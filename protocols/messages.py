@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter
 
 from protocols.records import Record, Task
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Raised whenever a message or the tree encoding changes; peers with another number are refused."""
 
 CHUNK_BYTES = 4 * 2**20
@@ -290,6 +290,7 @@ class StepDone(Record):
     """The optimizer step was taken with these trees; the ledger records it. Sent again until `Ok`."""
 
     kind: Literal["step_done"] = "step_done"
+    lineage: Count
     step: Count
     trained: tuple[str, ...]
     filtered: tuple[tuple[str, str], ...]

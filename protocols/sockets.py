@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final
+from urllib.parse import urlsplit
 
 import anyio
 import anyio.lowlevel
@@ -21,6 +23,8 @@ _LINGER_MS: Final = 1000
 _ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
 _USER_ID: Final = "User-Id"
 """Property of a received frame: the public key that `Doorkeeper` let in."""
+_GREETING_S: Final = 5.0
+_SIGNATURE: Final = b"\xff"
 TRACKED_BYTES: Final = zmq.COPY_THRESHOLD
 """Smaller frames are copied when sent; larger ones are held until the network has taken them."""
 
@@ -108,22 +112,19 @@ class Doorkeeper:
 
 
 class HandshakeWatcher:
-    """Notices that the hub answers but will never let us in."""
+    """Notices that handshakes fail, and whether the hub said why."""
 
     def __init__(self, socket: zmq.Socket[bytes], wake: Callable[[], None]) -> None:
         self._wake = wake
-        self._refused = False
-        self._broken_off = 0
+        self.refused = False
+        """The hub answered that it wants a key, none, or another one."""
+        self.broken_off = 0
+        """Handshakes that the other end hung up on: a hub that holds another key does, and so does a cut link."""
         self._socket = socket
         self._monitor = socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         )
         self._unwatch = on_readable(self._monitor, self._note)
-
-    @property
-    def hopeless(self) -> bool:
-        """Refused, or three handshakes broken off: a hub that holds another key just hangs up."""
-        return self._refused or self._broken_off >= 3
 
     def close(self) -> None:
         self._unwatch()
@@ -133,9 +134,18 @@ class HandshakeWatcher:
     def _note(self) -> None:
         while _ready(self._monitor, zmq.POLLIN):
             event = parse_monitor_message(self._monitor.recv_multipart())["event"]
-            self._refused |= event in (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
-            self._broken_off += 1
+            self.refused |= event in (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+            self.broken_off += event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         self._wake()
+
+
+async def greets(endpoint: str) -> bool:
+    """Whether a ZeroMQ peer is at a tcp endpoint now: it sends its signature before any handshake (ZMTP 3.1, §3.2)."""
+    place = urlsplit(endpoint)
+    with anyio.move_on_after(_GREETING_S), suppress(OSError, anyio.EndOfStream, anyio.BrokenResourceError):
+        async with await anyio.connect_tcp(str(place.hostname), int(place.port or 0)) as stream:
+            return (await stream.receive(1)) == _SIGNATURE
+    return False
 
 
 def on_readable(socket: zmq.Socket[bytes], callback: Callable[[], None]) -> Callable[[], None]:

@@ -22,6 +22,7 @@ import structlog
 
 from learner.hub.core import Hub, Side
 from learner.hub.journal import Journal, JournalUnreadable
+from learner.hub.lock import only_writer
 from learner.hub.service import Service
 from learner.hub.summary import write_summary
 from matpo.config import Config
@@ -79,7 +80,7 @@ async def serve(config: Config, folder: RunFolder, owner: Owner) -> int:
     """Open everything, serve the run, and write its summary when it is complete."""
     train = load_tasks(config.data.train, seed=config.run.seed)
     evaluation = load_tasks(config.data.evaluation, seed=config.run.seed)
-    with Journal.open(folder.journal) as journal:
+    with only_writer(folder.journal), Journal.open(folder.journal) as journal:
         hub = Hub(
             config,
             journal,

@@ -51,6 +51,13 @@ class Batches:
         row = self._journal.row("SELECT MAX(lineage) FROM lineages")
         return None if row is None else maybe_integer(row[0])
 
+    def require_lineage(self, lineage: int) -> int:
+        """What a killed trainer had said may be read after its successor's hello. Raises `OutOfStep` for that."""
+        current = self.lineage
+        if lineage != current:
+            raise OutOfStep(f"a trainer of lineage {lineage} is told that lineage {current} has taken its place")
+        return lineage
+
     def begin_lineage(self, step: int, *, at: float) -> int:
         """A trainer starts at `step`: what was trained after it is pending again. Returns its lineage.
 
@@ -107,13 +114,14 @@ class Batches:
     def done(self, message: StepDone, *, at: float) -> None:
         """Mark the trees of a step as trained or filtered. A second report of the same step changes nothing.
 
-        Raises `OutOfStep` if the step is not the next, or its trees are not those of its batch.
+        Raises `OutOfStep` if the step is not the next, its trees are not those of its batch, or a trainer says so that
+        another has taken the place of.
         """
-        lineage = self.lineage
-        if lineage is not None and self._is_done(lineage, message.step):
+        lineage = self.require_lineage(message.lineage)
+        if self._is_done(lineage, message.step):
             return
         row = self._journal.row("SELECT groups FROM batches WHERE step = ?", (message.step,))
-        if lineage is None or message.step != self.step + 1 or row is None:
+        if message.step != self.step + 1 or row is None:
             raise OutOfStep(f"step {message.step} was reported but the next step is {self.step + 1}")
         groups = [int(seq) for seq in orjson.loads(text(row[0]))]
         reasons: dict[str, str | None] = {**dict.fromkeys(message.trained), **dict(message.filtered)}

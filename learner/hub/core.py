@@ -338,6 +338,8 @@ class Hub:
             self._send("trainer", peer, TrainerWelcome(lineage=self.batches.begin_lineage(hello.step, at=at)))
 
     def _publish(self, peer: bytes, message: Publish, *, at: float) -> None:
+        if not self.weights.knows(message.version, message.digest):  # said twice, it changes nothing
+            self.batches.require_lineage(lineage_of(message.version))
         before = self.weights.latest
         refusal = self.weights.publish(message, at=at)
         if refusal is not None:

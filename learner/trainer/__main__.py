@@ -149,14 +149,13 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     # A rank without its launcher ends at once: only all ranks together can end in order.
     leave_limit_s = LEAVE_LIMIT_S if launched_ranks() == 1 else 0.0
-    owner = Owner.at_standard_input(owned=options.owned, leave_limit_s=leave_limit_s)
+    Owner.at_standard_input(owned=options.owned, leave_limit_s=leave_limit_s)
     folder = RunFolder.existing(options.run)
     config = load_config(folder.config)
     name = rank_name(own_rank())
     configure_logs(folder.log(name), name)
     stopping = threading.Event()
     stop_on_signals(stopping)
-    owner.beat_from_a_thread()
     metrics = MetricsFile(folder.metrics)
     try:
         with joined(config.learner) as ranks:

@@ -93,11 +93,10 @@ class Hub:
             case _:
                 raise Refused(f"the hub answered a batch request with {answer.kind}")
 
-    def done(self, step: int, taken: StepInput) -> None:
+    def done(self, lineage: int, step: int, taken: StepInput) -> None:
         """Have the ledger record the step."""
-        self._expect_ok(
-            StepDone(step=step, trained=taken.trained, filtered=taken.filtered), f"step {step} in the ledger"
-        )
+        message = StepDone(lineage=lineage, step=step, trained=taken.trained, filtered=taken.filtered)
+        self._expect_ok(message, f"step {step} in the ledger")
         self._pulse.enter("publish", step)
 
     def publish(self, message: Publish) -> None:

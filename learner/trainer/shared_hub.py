@@ -81,7 +81,7 @@ class SharedHub:
         """Have the ledger record the step; `frames` are its batch as it came."""
         if self.first is not None:
             self.first.consumed.step(lineage, step, taken, frames)
-            self.first.hub.done(step, taken)
+            self.first.hub.done(lineage, step, taken)
 
     def publish(self, weights: Mapping[str, Tensor], *, version: int) -> int:
         """Write the objects of `version` and announce them; returns their bytes, 0 on all ranks but the first."""

@@ -75,7 +75,7 @@ async def test_a_killed_trainer_is_started_again(tmp_path: Path) -> None:
 
 
 async def test_a_killed_hub_is_started_again_and_the_trainer_is_left_alone(tmp_path: Path) -> None:
-    hub = "n = starts('n')\nif n < 3: os.kill(os.getpid(), signal.SIGKILL)\n(here / 'done').touch()"
+    hub = "until('m')\nn = starts('n')\nif n < 3: os.kill(os.getpid(), signal.SIGKILL)\n(here / 'done').touch()"
     made = supervisor(tmp_path, hub=hub, trainer="starts('m')\nuntil('done')")
     assert await finish(made) == 0
     assert ((tmp_path / "n").read_text(), (tmp_path / "m").read_text()) == ("xxx", "x")

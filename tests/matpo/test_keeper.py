@@ -48,13 +48,13 @@ anyio.run(Supervisor(hub=first, trainer=kept("trainer", trainer, [first]), owner
 """
 
 
-def kept(folder: Path, source: str, *, silent_s: float = 15.0, frozen_s: float = 45.0) -> Kept:
+def kept(folder: Path, source: str, *, first_s: float = 120.0, silent_s: float = 15.0, frozen_s: float = 45.0) -> Kept:
     return Kept(
         "child",
         always(sys.executable, "-c", source, "child", str(folder)),
         output=folder / "child.out",
         environment=os.environ,
-        patience=Patience(pauses_s=(0.01,), silent_s=silent_s, frozen_s=frozen_s),
+        patience=Patience(pauses_s=(0.01,), first_s=first_s, silent_s=silent_s, frozen_s=frozen_s),
     )
 
 
@@ -89,7 +89,7 @@ async def test_a_command_that_falls_silent_is_named_then_killed_and_started_agai
 
 
 async def test_a_command_that_stands_still_and_goes_on_is_left_alone(tmp_path: Path) -> None:
-    source = OBEDIENT + "owner.beat_from_a_thread()\nnote('is up')\n"
+    source = OBEDIENT + "note('is up')\n"
     source += "while not (here / 'done').exists(): time.sleep(0.02)"
     with capture_logs() as logs, kept(tmp_path, source, silent_s=2.0, frozen_s=60.0) as child, anyio.fail_after(60):
 
@@ -107,11 +107,20 @@ async def test_a_command_that_stands_still_and_goes_on_is_left_alone(tmp_path: P
     assert order(tmp_path) == ["child is up"]
 
 
-async def test_a_command_that_never_beat_is_not_judged(tmp_path: Path) -> None:
-    source = OBEDIENT + "note('is up')\ntime.sleep(0.5)\n"
-    with capture_logs() as logs, kept(tmp_path, source, silent_s=0.05, frozen_s=0.1) as child, anyio.fail_after(60):
+async def test_a_command_frozen_before_its_first_beat_is_killed_and_started_again(tmp_path: Path) -> None:
+    early = "import os, signal, sys\nfrom pathlib import Path\nonce = Path(sys.argv[2]) / 'once'\n"
+    early += "if not once.exists():\n    once.touch()\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
+    with (
+        capture_logs() as logs,
+        kept(tmp_path, early + OBEDIENT + "note('is up')", first_s=3.0) as child,
+        anyio.fail_after(60),
+    ):
         assert await child.keep(anyio.Event()) == 0
-    assert not [line for line in logs if line["event"] == "stall"]
+    assert order(tmp_path) == ["child is up"]
+    assert [line["event"] for line in logs if line["event"] in ("stall", "frozen, killed")] == [
+        "stall",
+        "frozen, killed",
+    ]
 
 
 async def test_a_command_with_something_to_fix_is_not_tried_again(tmp_path: Path) -> None:

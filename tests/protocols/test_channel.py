@@ -39,6 +39,7 @@ from protocols.messages import (
     TreeUpload,
     Welcome,
 )
+from tests.chaos.link import Link
 
 LOOPBACK = "tcp://127.0.0.1:0"
 
@@ -273,6 +274,23 @@ async def test_only_an_actor_with_an_allowed_key_and_the_right_hub_key_comes_in(
                 assert (await hub.receive()).key == theirs.pair.public
 
 
+async def test_a_link_that_is_cut_in_every_handshake_is_not_taken_for_a_wrong_key(tmp_path: Path) -> None:
+    new_keys(tmp_path)
+    cut = 8  # connections; each failed handshake is one, and another looks whether a hub is there
+    async with HubSocket.bind(LOOPBACK, keys=HubKeys.load(tmp_path)) as hub:
+        port = int(hub.endpoint.rpartition(":")[2])
+
+        def place() -> tuple[str, int] | None:
+            nonlocal cut
+            cut -= 1
+            return None if cut >= 0 else ("127.0.0.1", port)
+
+        async with Link.listening(place) as link:
+            with anyio.fail_after(20):
+                async with HubClient.connect(link.endpoint, keys=ActorKeys.load(tmp_path)) as actor:
+                    assert actor.connected and cut < 0
+
+
 async def test_keys_that_the_hub_does_not_use_are_a_named_error(hub: HubSocket, tmp_path: Path) -> None:
     new_keys(tmp_path / "keys")
     with anyio.fail_after(10), pytest.raises(WrongKey):
@@ -293,7 +311,7 @@ async def test_the_trainer_asks_again_and_takes_no_late_answer_for_a_new_one(
     def train() -> None:
         with TrainerLink(hub.endpoint) as link:
             answers.append(link.request(BatchRequest(step=1), deadline_s=5, waiting_for="the batch of step 1")[0])
-            done = StepDone(step=1, trained=(), filtered=())
+            done = StepDone(lineage=0, step=1, trained=(), filtered=())
             answers.append(link.request(done, deadline_s=5, waiting_for="the journal")[0])
 
     with anyio.fail_after(10):

@@ -256,7 +256,7 @@ class Bench:
         assert self.batch(step, settled=settled) is not None
         left_out = {tree_id for tree_id, _ in filtered}
         trained = [tree_id for tree_id in self.batch_trees(step) if tree_id not in left_out]
-        done = StepDone(step=step, trained=tuple(trained), filtered=tuple(filtered))
+        done = StepDone(lineage=lineage, step=step, trained=tuple(trained), filtered=tuple(filtered))
         assert self.send("trainer", "trainer", done) == [Ok()]
         assert self.publish(version_of(lineage=lineage, step=step)) == Ok()
         return trained

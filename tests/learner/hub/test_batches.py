@@ -74,7 +74,7 @@ def test_a_step_reported_twice_is_counted_once(tmp_path: Path) -> None:
         at.start()
         play_all(at, 4)
         trained = at.train_step(1)
-        assert at.send("trainer", "trainer", StepDone(step=1, trained=tuple(trained), filtered=())) == [Ok()]
+        assert at.send("trainer", "trainer", StepDone(lineage=0, step=1, trained=tuple(trained), filtered=())) == [Ok()]
         assert at.ledger.trained == 4
         assert at.hub.batches.step == 1
 
@@ -84,7 +84,7 @@ def test_a_step_with_other_trees_than_its_batch_is_refused(tmp_path: Path) -> No
         at.start()
         play_all(at, 4)
         at.batch(1)
-        (answer,) = at.send("trainer", "trainer", StepDone(step=1, trained=("nonsense",), filtered=()))
+        (answer,) = at.send("trainer", "trainer", StepDone(lineage=0, step=1, trained=("nonsense",), filtered=()))
         assert isinstance(answer, Refuse) and "not the 4 of its batch" in answer.detail
         assert at.ledger.pending == 4
 
@@ -214,3 +214,20 @@ def test_staleness_at_training_time_is_written_down(tmp_path: Path) -> None:
 
 def test_frames_are_split_as_they_were_joined() -> None:
     assert [bytes(frame) for frame in split_frames(("[2,0,1]", b"abc"))] == [b"ab", b"", b"c"]
+
+
+def test_what_a_killed_trainer_said_is_refused_once_another_has_taken_its_place(tmp_path: Path) -> None:
+    with bench(tmp_path) as at:
+        at.start()
+        play_all(at, 4)
+        assert at.batch(1) is not None
+        late = StepDone(lineage=0, step=1, trained=tuple(at.batch_trees(1)), filtered=())
+        assert at.trainer_hello(0) == 1
+        (answer,) = at.send("trainer", "trainer", late)
+        assert isinstance(answer, Refuse) and "lineage 1 has taken its place" in answer.detail
+        refused = at.publish(version_of(lineage=0, step=1))
+        assert isinstance(refused, Refuse) and "lineage 1 has taken its place" in refused.detail
+        assert (at.ledger.pending, at.hub.batches.step) == (4, 0)
+        assert at.publish(version_of(lineage=0, step=0)) == Ok()  # said twice: known already
+        at.train_step(1, lineage=1)
+        assert at.ledger.trained == 4

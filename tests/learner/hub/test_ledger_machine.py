@@ -145,7 +145,8 @@ class LedgerMachine(RuleBasedStateMachine):
             return  # killed in the middle of the step
         filtered = trees[:1] if leave_out else []
         trained = [tree for tree in trees if tree not in filtered]
-        done = StepDone(step=step, trained=tuple(trained), filtered=tuple((tree, "test") for tree in filtered))
+        left_out = tuple((tree, "test") for tree in filtered)
+        done = StepDone(lineage=self.lineage, step=step, trained=tuple(trained), filtered=left_out)
         assert not isinstance(self.at.send("trainer", "trainer", done)[0], Refuse)
         self.at.publish(version_of(lineage=self.lineage, step=step))
         self.trained[step] = set(trained)

@@ -109,7 +109,7 @@ def train(folder: RunFolder, config: Config, *, upto: int) -> list[str]:
                 trees = decode_all(answer, frames)
                 seen += [tree.tree_id for tree in trees]
                 ids = tuple(tree.tree_id for tree in trees)
-                assert ask(StepDone(step=step, trained=ids, filtered=()))[0] == Ok()
+                assert ask(StepDone(lineage=hello.lineage, step=step, trained=ids, filtered=()))[0] == Ok()
             assert ask(publication(folder, version_of(lineage=hello.lineage, step=step)))[0] == Ok()
     return seen
 

@@ -199,5 +199,5 @@ def test_a_step_reported_twice_after_its_batch_left_changes_nothing(tmp_path: Pa
         at.start()
         take_steps(at, 1, 4)
         before = at.ledger
-        at.send("trainer", "trainer", StepDone(step=1, trained=(), filtered=()))
+        at.send("trainer", "trainer", StepDone(lineage=0, step=1, trained=(), filtered=()))
         assert at.ledger == before
