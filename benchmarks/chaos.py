@@ -11,6 +11,7 @@ it, a readable table; the last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import signal
 import tempfile
 from pathlib import Path
 
@@ -77,6 +78,9 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="keep the run here")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    # Whoever ends it, also in the background of a script, leaves no process and no file system behind.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with tempfile.TemporaryDirectory() as scratch:
 
         async def one() -> ChaosReport:
