@@ -20,8 +20,9 @@ import orjson
 from rich.console import Console
 
 from benchmarks.runs import ROOT, print_result
-from tests.chaos.job import SMALL, Settings
+from tests.chaos.job import Settings
 from tests.chaos.play import ChaosReport, play, say_on_stderr
+from tests.end_to_end.processes import SMALL
 
 CONFIG = ROOT / "configs" / "quickstart.toml"
 RESULTS = ROOT / "docs" / "results" / "chaos.json"

@@ -30,8 +30,8 @@ from pydantic import JsonValue
 from benchmarks.chaos import PAGE_MARK, RESULTS
 from benchmarks.runs import metrics, print_result
 from benchmarks.soak import job
-from tests.chaos.job import SMALL
 from tests.chaos.processes import with_role
+from tests.end_to_end.processes import SMALL
 
 ACTORS = 3
 OVERRIDES = (

@@ -3,7 +3,6 @@ actor, and more actors on links and disks of their own, each kept by its owner."
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -22,26 +21,19 @@ from matpo.folder import RunFolder
 from matpo.keeper import Kept
 from tests.chaos.faults import Fault, Role
 from tests.chaos.link import Link
-from tests.chaos.processes import GONE, all_below, with_role
+from tests.chaos.processes import GONE, all_below, until, with_role
+from tests.end_to_end.processes import ROOT, environment
 
-ROOT = Path(__file__).resolve().parents[2]
-START_LIMIT_S, LEAVE_LIMIT_S, LOOK_EVERY_S = 240.0, 240.0, 0.2
+START_LIMIT_S, LEAVE_LIMIT_S = 240.0, 240.0
 FOUND_WITHIN_S = 60.0
 """A process that was just killed is waited for so long before the next fault on it is given up."""
 DISK_BYTES = 48 * 2**20
 SLOW_LATENCY_S, SLOW_BYTES_PER_S = 0.1, 500_000.0
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 ALWAYS: tuple[str, ...] = (
     "run.steps=1000000", "run.name=chaos", "actor.count=1", "hub.lease_s=10", "hub.heartbeat_s=1", "hub.max_attempts=8",
     "learner.checkpoint_every_steps=2",
 )  # fmt: skip
 """Without end; kills are frequent, so leases are short and an episode is played more often before it is given up."""
-SMALL = (
-    "learner.groups_per_step=4", "learner.group_size=4", "actor.concurrency=16", "evaluation.questions=8",
-    "evaluation.every_steps=0", "data.train.worlds=8", "data.train.questions=64", "data.evaluation.worlds=4",
-    "data.evaluation.questions=8",
-)  # fmt: skip
-"""Overrides that make a step of the quick start a second's work."""
 T = TypeVar("T")
 
 
@@ -178,18 +170,13 @@ class Job:
             for actor in with_role(self.parent, "actor"):
                 with suppress(*GONE):
                     actor.terminate()
-            while True:
-                if not list(all_below(self.parent)):
-                    return code
-                await anyio.sleep(LOOK_EVERY_S)
+            await until(lambda: not list(all_below(self.parent)))
+        return code
 
     async def _strike_process(self, fault: Fault, of: Role) -> bool:
         with anyio.move_on_after(FOUND_WITHIN_S):
-            while True:
-                found = with_role(self.parent, of)
-                if found:
-                    break
-                await anyio.sleep(LOOK_EVERY_S)
+            await until(lambda: bool(with_role(self.parent, of)))
+        found = with_role(self.parent, of)
         if not found:
             return False
         process = chosen(found, fault)
@@ -214,7 +201,7 @@ class Job:
             with (self.parent / "run.out").open("ab") as output:
                 self._run = await anyio.open_process(
                     [sys.executable, "-m", "matpo", *words],
-                    cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=ENVIRONMENT,
+                    cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment(),
                 )  # fmt: skip
             async with self._run:
                 code = await self._run.wait()
@@ -222,10 +209,7 @@ class Job:
                 return
             if code != -signal.SIGKILL:
                 raise RuntimeError(f"matpo run ended with {code}: {(self.parent / 'run.out').read_text()[-2000:]}")
-            while True:  # what it left ends by itself
-                if self.run.hub_address() is None:
-                    break
-                await anyio.sleep(LOOK_EVERY_S)
+            await until(lambda: self.run.hub_address() is None)  # what it left ends by itself
             words = ["run", str(self.settings.config), "--resume", str(self.run.path)]
             self.resumed += 1
 
@@ -239,7 +223,7 @@ class Job:
             return words
 
         output = self.parent / f"{name}.out"
-        with Kept(name, command, output=output, environment=ENVIRONMENT) as actor:
+        with Kept(name, command, output=output, environment=environment()) as actor:
             while not self.stopping.is_set():
                 try:
                     await actor.keep(self.stopping)  # a hub that leaves in order sends it home
@@ -247,13 +231,12 @@ class Job:
                     self.gave_up += 1
 
     async def _appears(self) -> None:
+        def listens() -> bool:
+            self.folder = next(map(RunFolder, (self.parent / "runs").iterdir()), None)
+            return self.folder is not None and self.folder.hub_address() is not None
+
         with anyio.fail_after(START_LIMIT_S):
-            while True:
-                for path in (self.parent / "runs").iterdir():
-                    self.folder = RunFolder(path)
-                    if self.folder.hub_address() is not None:
-                        return
-                await anyio.sleep(LOOK_EVERY_S)
+            await until(listens)
 
     def _clear(self) -> None:
         """Leave nothing behind, whatever happened."""

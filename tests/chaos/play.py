@@ -19,6 +19,7 @@ from protocols.records import Record
 from tests.chaos.consumption import judge, read_consumption
 from tests.chaos.faults import Fault, schedule
 from tests.chaos.job import Job, Settings
+from tests.chaos.processes import until
 from tests.chaos.watch import Watch
 
 CALM_STEPS = 3
@@ -196,10 +197,7 @@ def steps_taken(job: Job) -> int:
 async def steps_reach(job: Job, step: int) -> None:
     """Until the trainer has taken so many. Fails when it does not get there in time."""
     with anyio.fail_after(CALM_LIMIT_S):
-        while True:
-            if steps_taken(job) >= step:
-                return
-            await anyio.sleep(0.5)  # another process writes the file
+        await until(lambda: steps_taken(job) >= step)
 
 
 def keep_logs(job: Job) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import anyio
 import psutil
 
 from tests.chaos.faults import Role
 
 GONE = (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied)
+LOOK_EVERY_S = 0.2
 MODULES: dict[str, Role] = {
     "learner": "learner",
     "learner.hub": "hub",
@@ -46,3 +48,11 @@ def role_of(command: Sequence[str], parent: Path) -> Role | None:
 def with_role(parent: Path, role: Role) -> list[psutil.Process]:
     """Those of one role, oldest first."""
     return sorted((p for found, p in all_below(parent) if found == role), key=lambda p: p.pid)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Look again and again: what other processes do can only be looked at. Bound it with a deadline of your own."""
+    while True:
+        if holds():
+            return
+        await anyio.sleep(LOOK_EVERY_S)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.faults import RARE, SHARES, schedule
-from tests.chaos.job import SMALL, Settings
+from tests.chaos.job import Settings
 from tests.chaos.play import play, say_on_stderr
-from tests.end_to_end.processes import QUICKSTART
+from tests.end_to_end.processes import QUICKSTART, SMALL
 
 FAULTS, SECONDS, SEED = 32, 75.0, 6
 

@@ -17,11 +17,9 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.toml"
 QUICKSTART_SGLANG = ROOT / "configs" / "quickstart_sglang_cpu.toml"
-SHORT = [
-    "run.steps=6",
+SMALL = (
     "learner.groups_per_step=4",
     "learner.group_size=4",
-    "learner.checkpoint_every_steps=2",
     "actor.concurrency=16",
     "evaluation.questions=12",
     "evaluation.every_steps=0",
@@ -29,8 +27,10 @@ SHORT = [
     "data.train.questions=64",
     "data.evaluation.worlds=4",
     "data.evaluation.questions=12",
-]
-"""Overrides that make the quick start a run of seconds instead of minutes."""
+)
+"""Overrides that make a step of the quick start a second's work …"""
+SHORT = ("run.steps=6", "learner.checkpoint_every_steps=2", *SMALL)
+"""… and a run of it one of seconds instead of minutes."""
 
 
 def environment() -> dict[str, str]:
