@@ -25,8 +25,10 @@ from matpo.owner import OWNED
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-HEALTHY_S: Final = 30.0
-"""A process that lived so long starts its backoff afresh."""
+HEALTHY_S: Final = 600.0
+"""A process that died by itself after so long starts its backoff afresh …"""
+KILLED_HEALTHY_S: Final = 10.0
+"""… one that was killed from outside after so long: it is not to blame."""
 MOST_FAILURES: Final = 10
 """In a row; then it is no accident."""
 USER_ERROR: Final = 2
@@ -103,7 +105,8 @@ class Kept:
                 return code
             if code == USER_ERROR:
                 raise UserError(f"{self.name} could not go on: {self.last_words()}")
-            failures = 1 if time.monotonic() - began > HEALTHY_S else failures + 1
+            healthy_s = HEALTHY_S if code > 0 else KILLED_HEALTHY_S
+            failures = 1 if time.monotonic() - began > healthy_s else failures + 1
             if failures >= self._patience.most_failures:
                 raise UserError(f"{self.name} died {failures} times in a row: {self.last_words()}; see {self._output}")
             pause_s = self._patience.pauses_s[min(failures, len(self._patience.pauses_s)) - 1]

@@ -23,6 +23,8 @@ from actors.tools.http import TRANSPORT_FAILED
 from matpo.config import McpServer
 from matpo.errors import UserError
 
+MOST_KILLED_STARTS = 3
+"""A first start that a signal ended is tried again so often."""
 BREAKER_AFTER = 5
 """Failures in a row (without one good answer between them) after which calls fail at once until the next restart."""
 FIRST_PAUSE_S = 0.05
@@ -77,7 +79,7 @@ class ToolServer:
         self._started = anyio.Event()
         self._refusal: UserError | None = None
         self._ended = False
-        self._failures = 0
+        self._failures = self._killed_starts = 0
         self._reason = "not started yet"
         self._silent_timeouts = 0
         self._unreached = 0
@@ -215,8 +217,11 @@ class ToolServer:
             self._reason = failure
             self._notify()
             return self._restarts
-        stdio, again = self._connector.process is not None, not failure.startswith(NO_ANSWER)
-        if self._connector.handshake and stdio and again and not refused:
+        process, again = self._connector.process, not failure.startswith(NO_ANSWER)
+        if process is not None and process.killed and self._killed_starts < MOST_KILLED_STARTS:
+            self._killed_starts += 1  # it says nothing about the server
+            return await self._connect_and_hold()
+        if self._connector.handshake and process is not None and again and not refused:
             # Nearly every server knows the handshake; one that refuses it may be of the newer, stateless kind.
             self._connector.handshake = False
             self._first_failure = failure

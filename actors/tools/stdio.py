@@ -42,6 +42,8 @@ class ServerProcess(asyncio.SubprocessProtocol):
         self.calls: CallDispatcher | None = None
         self.framing = MessageFraming(max_line_bytes, self._answer)
         self.exited = anyio.Event()
+        self.killed = False
+        """Whether a signal ended it that was not ours."""
         self.last_output_at = asyncio.get_running_loop().time()
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
         self._stderr_rest = b""
@@ -131,6 +133,7 @@ async def _stop(transport: asyncio.SubprocessTransport, process: ServerProcess, 
             _signal_group(transport, signal_number)
         with anyio.move_on_after(CLOSE_GRACE_S):
             await process.exited.wait()
+            process.killed = signal_number is None and (transport.get_returncode() or 0) < 0
             break
     # Whatever the server left behind in its group goes with it.
     _signal_group(transport, signal.SIGKILL)

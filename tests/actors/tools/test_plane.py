@@ -56,6 +56,16 @@ async def test_a_role_that_names_a_tool_nobody_has_is_a_users_error() -> None:
             plane.specs(["serach"])
 
 
+async def test_a_server_that_is_killed_while_it_starts_is_started_again(tmp_path: Path) -> None:
+    once = f"test -e {tmp_path}/once || {{ touch {tmp_path}/once; kill -9 $$; }}"
+    command = entry(allow=["echo"])
+    words = f"{once}; exec {sys.executable} -S {HOSTILE}"
+    tools = Tools.model_validate({"mcpServers": {"hostile": command | {"command": "sh", "args": ["-c", words]}}})
+    with anyio.fail_after(30):
+        async with ToolPlane.open(tools, variables=VARIABLES) as plane:
+            assert (await call(plane, "echo")).text == "hello"
+
+
 async def test_a_crash_fails_the_calls_in_flight_and_the_next_one_finds_the_server_again() -> None:
     async with hostile() as plane:
         async with anyio.create_task_group() as tasks:
