@@ -20,6 +20,7 @@ from actors.engines.opening import open_engine
 from actors.episode import play_episode
 from actors.failure import user_error
 from actors.greet import SentHome, greet
+from actors.heap import keep_small
 from actors.limits import allow_open_files
 from actors.outbox import Outbox
 from actors.play import Player
@@ -114,6 +115,7 @@ async def run_actor(place: Place) -> None:
         tasks.start_soon(follower.run, name="follow weights")
         tasks.start_soon(player.run, name="play")
         tasks.start_soon(leave_on_signal, session, name="signals")
+        tasks.start_soon(keep_small, name="heap")
         await session.ended.wait()
         counts = {"episodes": player.counts, "dropped": outbox.dropped, "weights_repaired": follower.failures}
         log.info("leaving", outbox_trees=len(outbox), **{what: dict(count) for what, count in counts.items()})
