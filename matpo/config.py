@@ -86,13 +86,13 @@ class WorldData(Section):
     questions: int = Field(default=4096, ge=1)
     hops: tuple[int, ...] = (1, 2, 3)
     """`ask = "questions"`: facts a question's answer takes."""
-    ask: Literal["questions", "pairs"] = "questions"
-    """Questions, or two facts to be named by the agents of a joint answer (`rewards.answer = "cover"`)."""
+    ask: Literal["questions", "facts"] = "questions"
+    """`facts`: the task is a fact, its object the answer; nothing needs to be looked up."""
 
     @model_validator(mode="after")
     def _effective(self) -> WorldData:
-        if self.ask == "pairs" and self.changed("hops"):
-            raise ValueError('hops has no effect with ask = "pairs"; remove it')
+        if self.ask == "facts" and self.changed("hops"):
+            raise ValueError('hops has no effect with ask = "facts"; remove it')
         return self
 
 

@@ -12,7 +12,7 @@ from matpo.section import Section
 
 EntryPoint = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 """`module:function`, importable from the working directory or installed."""
-BuiltIn = Literal["exact_match", "f1", "cover", "judge", "code_tests", "collaboration", "tldr", "arxiv"]
+BuiltIn = Literal["exact_match", "f1", "cover", "volunteer", "judge", "code_tests", "collaboration", "tldr", "arxiv"]
 SANDBOXED: frozenset[str] = frozenset({"code_tests", "collaboration"})
 """Measures that run generated code, which they do in the sandbox only."""
 

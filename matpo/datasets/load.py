@@ -6,7 +6,7 @@ import random
 
 from matpo.config import Dataset, JsonlData, WorldData
 from matpo.datasets.jsonl import read_jsonl
-from matpo.datasets.world import TEMPLATES, Question, collection, documents, questions
+from matpo.datasets.world import TEMPLATES, Question, collection, make_world, questions
 from matpo.errors import UserError
 from protocols.records import Task
 
@@ -49,8 +49,8 @@ def _world_tasks(dataset: WorldData) -> list[Task]:
     worlds = min(dataset.worlds, dataset.questions)
     per_world = -(-dataset.questions // worlds)
     seeds = range(dataset.first_seed, dataset.first_seed + worlds)
-    if dataset.ask == "pairs":
-        columns = [_pairs(seed, per_world) for seed in seeds]
+    if dataset.ask == "facts":
+        columns = [_facts(seed, per_world) for seed in seeds]
     else:
         columns = [_unique(seed, dataset.hops, per_world, share) for seed in seeds]
     rounds = [column[row] for row in range(per_world) for column in columns if row < len(column)]
@@ -62,17 +62,11 @@ def _world_tasks(dataset: WorldData) -> list[Task]:
     return rounds[: dataset.questions]
 
 
-def _pairs(world: int, count: int) -> list[Task]:
-    """`count` different pairs of facts whose objects differ: what the answers of two agents are to cover."""
-    draw = random.Random(f"matpo-pairs-{world}")
-    facts = [text.split()[:3] for _, text in documents(world)]
-    tasks: dict[str, Task] = {}
-    while len(tasks) < min(count, len(facts)):  # far fewer than there are
-        one, other = draw.sample(facts, 2)
-        if one[2] != other[2]:
-            task = Task.make(" ".join([*one, *other]), (one[2], other[2]), {"world": world})
-            tasks[task.task_id] = task
-    return list(tasks.values())
+def _facts(world: int, count: int) -> list[Task]:
+    """Up to `count` facts of a world, to be answered by their objects."""
+    facts = [fact.text.split() for fact in make_world(world).facts]
+    random.Random(f"matpo-facts-{world}").shuffle(facts)
+    return [Task.make(" ".join(fact), (fact[-1],), {"world": world}) for fact in facts[:count]]
 
 
 def _unique(world: int, hops: tuple[int, ...], count: int, share: float) -> list[Task]:

@@ -62,6 +62,11 @@ def cover(answers: Sequence[str], references: Sequence[str]) -> float:
     return len(given & wanted) / len(wanted)
 
 
+def volunteer(answers: Sequence[str], references: Sequence[str]) -> float:
+    """1.0 if exactly one of the agents gives a right answer, else 0.0: the others must leave it to that one."""
+    return float(sum(exact_match(answer, references) for answer in answers) == 1)
+
+
 def _f1(given: Sequence[str], wanted: Sequence[str]) -> float:
     shared = sum((Counter(given) & Counter(wanted)).values())
     if shared == 0:

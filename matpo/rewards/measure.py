@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from matpo.rewards.answer import cover, exact_match, extract_answer, token_f1
+from matpo.rewards.answer import cover, exact_match, extract_answer, token_f1, volunteer
 from matpo.rewards.code import Sandbox, code_tests, collaboration
 from matpo.rewards.entry_point import answer_function, scored
 from matpo.rewards.judge import Chat, judged
@@ -42,8 +42,9 @@ class Measure:
                 return await collaboration(task, messages, sandbox, timeout_s=timeout_s)
             case "tldr" | "arxiv":
                 return writing(messages, TLDR if name == "tldr" else ARXIV)
-            case "cover":
-                return _verdict(cover([extract_answer(message) for message in messages], task.answers))
+            case "cover" | "volunteer":
+                together = cover if name == "cover" else volunteer
+                return _verdict(together([extract_answer(message) for message in messages], task.answers))
         scores = [_TEXT[name](extract_answer(message), task.answers) for message in messages]
         return _verdict(sum(scores) / len(scores))
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import JsonValue
 
 from matpo.config import Rewards
-from matpo.rewards.answer import boxed, cover, exact_match, extract_answer, normalise, token_f1
+from matpo.rewards.answer import boxed, cover, exact_match, extract_answer, normalise, token_f1, volunteer
 from matpo.rewards.call_format import format_score
 from matpo.rewards.cost import critical_steps, spawned
 from matpo.rewards.measure import Measure
@@ -182,6 +182,12 @@ def test_agents_that_divide_the_work_cover_what_either_of_them_names() -> None:
     assert cover(["Ann", "the Bob."], ["Ann", "Bob"]) == 1.0
     assert cover(["Ann", "Ann"], ["Ann", "Bob"]) == 0.5
     assert cover(["", "Zoe"], ["Ann", "Bob"]) == 0.0
+
+
+def test_where_one_is_to_answer_two_right_answers_are_as_bad_as_none() -> None:
+    assert volunteer(["Ann", "no"], ["Ann", "Anna"]) == 1.0
+    assert volunteer(["Ann", "Anna"], ["Ann", "Anna"]) == 0.0
+    assert volunteer(["no", ""], ["Ann"]) == 0.0
 
 
 async def test_several_answers_at_once_score_their_mean_or_what_they_cover() -> None:
