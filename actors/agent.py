@@ -140,11 +140,12 @@ class Agent:
     async def _generate(self, sampling: Sampling) -> Generation:
         """Ask the engine, and once more from the same tokens if it fails."""
         stage, prompt, group = self._stage, self.run.talk.tokens, self._scene.group_id
-        deadline_s = stage.config.actor.generate_timeout_s
+        deadline_s, lora = stage.config.actor.generate_timeout_s, stage.config.model.lora
+        adapter, generate = "" if lora is None else lora.adapter_of(self.run.role), stage.engine.generate
         try:
-            return await stage.engine.generate(prompt, sampling, deadline_s=deadline_s, group=group)
+            return await generate(prompt, sampling, deadline_s=deadline_s, group=group, adapter=adapter)
         except EngineFailure:
-            return await stage.engine.generate(prompt, sampling, deadline_s=deadline_s, group=group)
+            return await generate(prompt, sampling, deadline_s=deadline_s, group=group, adapter=adapter)
 
     async def _perform(self, blocks: Sequence[Block]) -> list[_Entry]:
         """Run the calls of one message side by side; the results come back in the order of the calls."""

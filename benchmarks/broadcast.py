@@ -92,7 +92,9 @@ class Holder:
         self.version = -1
         self.digests: dict[int, str] = {}
 
-    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:
+    async def generate(
+        self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "", adapter: str | None = ""
+    ) -> Generation:
         raise NotImplementedError
 
     async def load(self, weights: Weights, *, version: int, file: Path | None = None) -> LoadReport:

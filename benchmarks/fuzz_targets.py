@@ -176,7 +176,9 @@ class NoEngine:
     version = -1
     digests: Mapping[int, str] = MappingProxyType({})
 
-    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:
+    async def generate(
+        self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "", adapter: str | None = ""
+    ) -> Generation:
         raise NotImplementedError
 
     async def load(self, weights: Weights, *, version: int, file: Path | None = None) -> LoadReport:

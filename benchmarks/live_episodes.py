@@ -128,7 +128,9 @@ class StubEngine:
         self._slowness = slowness
         self._random = random.Random(0)
 
-    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:
+    async def generate(
+        self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "", adapter: str | None = ""
+    ) -> Generation:
         timetable, seconds = TIMETABLE.get(), self._random.uniform(*ENGINE_S) * self._slowness
         timetable.ideal_s += seconds
         await anyio.sleep(seconds)

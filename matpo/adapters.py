@@ -2,7 +2,7 @@
 
 An adapter of rank r adds (alpha / r) · B A to a projection's weight W [out, in]; A is [r, in] and B is [out, r]
 (arXiv 2106.09685). What is published of a run with `model.lora` is the A and B of every targeted projection, or the
-merged weights.
+merged weights. Tensors of a role's own adapter are named ROLE/ and then as those of the shared one.
 """
 
 from __future__ import annotations
@@ -51,24 +51,36 @@ def targeted(shapes: Mapping[str, Shape], lora: Lora) -> list[str]:
     return [name for name, module in found.items() if module in lora.target_modules]
 
 
-def factor_names(weight: str) -> tuple[str, str]:
-    """Names of the A and B that belong to a weight of the base model."""
-    stem = PEFT_PREFIX + weight.removesuffix(".weight")
+def prefix_of(adapter: str) -> str:
+    """Of the names of an adapter's tensors; `adapter` as in `Lora.adapters`."""
+    return f"{adapter}/" if adapter else ""
+
+
+def factor_names(weight: str, adapter: str = "") -> tuple[str, str]:
+    """Names of an adapter's A and B that belong to a weight of the base model."""
+    stem = prefix_of(adapter) + PEFT_PREFIX + weight.removesuffix(".weight")
     return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
 
 def adapter_shapes(shapes: Mapping[str, Shape], lora: Lora) -> dict[str, Shape]:
-    """Tensor name → shape, of every tensor an adapter must hold; `shapes` are the base model's."""
+    """Tensor name → shape, of every tensor all adapters together must hold; `shapes` are the base model's."""
     wanted: dict[str, Shape] = {}
-    for name in targeted(shapes, lora):
-        first, second = factor_names(name)
-        rows, columns = shapes[name]
-        wanted |= {first: (lora.rank, columns), second: (rows, lora.rank)}
+    for adapter in lora.adapters:
+        for name in targeted(shapes, lora):
+            first, second = factor_names(name, adapter)
+            rows, columns = shapes[name]
+            wanted |= {first: (lora.rank, columns), second: (rows, lora.rank)}
     return wanted
 
 
+def only(weights: Weights, adapter: str) -> Weights:
+    """The tensors of one adapter among those of several, under the names they have when it is alone."""
+    start = prefix_of(adapter) + PEFT_PREFIX
+    return {name.removeprefix(prefix_of(adapter)): value for name, value in weights.items() if name.startswith(start)}
+
+
 def merged(base: Weights, adapter: Weights, lora: Lora) -> Weights:
-    """All weights with the adapter added in; changed tensors are new and float32, the others are shared.
+    """All weights with the only adapter there is added in; changed tensors are new and float32, the others are shared.
 
     Raises `ValueError` naming the first tensor of the adapter that is missing, unknown or of another shape.
     """

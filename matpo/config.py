@@ -369,6 +369,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _adapters_played(self) -> Config:
+        given = {} if self.model.lora is None else self.model.lora.roles
+        if given and set(given) != set(self.episode.roles):
+            raise ValueError(f"model.lora.roles names {sorted(given)}; name each of {sorted(self.episode.roles)}")
+        frozen = {role for role, kind in given.items() if kind == "frozen"}
+        if both := sorted(frozen & set(self.learner.role_factors)):
+            raise ValueError(f"learner.role_factors of {both} have no effect: model.lora.roles freezes them")
+        return self
+
+    @model_validator(mode="after")
     def _adapters_served(self) -> Config:
         engine = self.actor.engine
         if self.model.served_adapter is not None and isinstance(engine, SglangEngine):

@@ -77,8 +77,11 @@ class Engine(Protocol):
         """Version → digest, as `protocols.weights.weights_digest` computes it, of all weights that ever sampled."""
         ...
 
-    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:
+    async def generate(
+        self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "", adapter: str | None = ""
+    ) -> Generation:
         """Sample a continuation of `tokens`. Requests of one `group` share prefixes: an engine may keep them together.
+        Of several adapters `adapter` names the one to sample with (`Lora.adapters`), or None: the model as it started.
 
         Raises `ValueError` for a token outside the vocabulary or an empty prompt, `EngineFailure` if the engine dies
         or `deadline_s` passes. A weight swap in between is invisible but for `versions`.

@@ -14,7 +14,7 @@ from matpo.config import Lora
 from matpo.errors import UserError
 
 KINDS: Mapping[Literal["embedded", "sglang"], tuple[str, str, str]] = {
-    "embedded": ("actors.engines.embedded.engine", "EmbeddedEngine", "pip install 'matpo[torch]'"),
+    "embedded": ("actors.engines.embedded.players", "Players", "pip install 'matpo[torch]'"),
     "sglang": ("actors.engines.sglang.engine", "SglangEngine", "pip install matpo"),
 }
 """Kind → module, class, and what installs its libraries."""

@@ -26,11 +26,12 @@ from learner.trainer.publish import to_tensor
 from learner.trainer.ranks import ALONE, Ranks
 from learner.trainer.sharding import Whole, load
 from learner.trainer.tensor_file import TensorFile, write_tensors
-from matpo.adapters import CONFIG_FILE, TENSOR_FILE, peft_config, read_adapter
+from matpo.adapters import CONFIG_FILE, TENSOR_FILE, only, peft_config, read_adapter
+from matpo.config import Lora
 from matpo.errors import UserError
 from matpo.model_files import TOKENIZER_FILES
 from protocols.records import Record
-from protocols.weights import combined_digest, file_digest, tensor_identity
+from protocols.weights import combined_digest, file_digest, read_keyframe, tensor_identity, write_keyframe
 
 MODEL: Final = "model.safetensors"
 OPTIMIZER: Final = "optimizer.safetensors"
@@ -96,15 +97,15 @@ class Checkpoints:
         if policy.adapter is None:
             policy.model.config.save_pretrained(draft)
         else:
-            (draft / CONFIG_FILE).write_bytes(peft_config(policy.adapter.lora, base=model.resolve()))
+            write_adapters(draft, policy.adapter.lora, base=model.resolve(), step=step)
         for name in TOKENIZER_FILES:
             if (model / name).is_file():
                 shutil.copyfile(model / name, draft / name)
         state = TrainerState(step=step, lineage=lineage, weights=digest)
-        files = {path.name: file_digest(path) for path in sorted(draft.iterdir())}
+        files = {path.name: file_digest(path) for path in sorted(draft.iterdir()) if path.is_file()}
         manifest = _Manifest(state=state, files=files)
         (draft / MANIFEST).write_bytes(orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
-        for path in (*draft.iterdir(), draft):
+        for path in (*draft.rglob("*"), draft):
             _flush(path)
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
@@ -176,6 +177,16 @@ class Checkpoints:
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"), reverse=True) if self.folder.is_dir() else []
+
+
+def write_adapters(folder: Path, lora: Lora, *, base: Path, step: int) -> None:
+    """Describe the adapters in `folder` to PEFT: the shared one as it lies there, a role's own in a folder for it."""
+    (folder / CONFIG_FILE).write_bytes(peft_config(lora, base=base))
+    for role in lora.own:
+        own = folder / role
+        own.mkdir()
+        (own / CONFIG_FILE).write_bytes(peft_config(lora, base=base))
+        write_keyframe(own / TENSOR_FILE, only(read_keyframe(folder / TENSOR_FILE), role), version=step)
 
 
 def _step_of(path: Path) -> int:

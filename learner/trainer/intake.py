@@ -11,7 +11,7 @@ from learner.trainer.costs import ModelShape
 from learner.trainer.pack import MicroBatch, pack
 from learner.trainer.plan import Sample
 from learner.trainer.ranks import ALONE, Ranks
-from matpo.config import Config
+from matpo.config import Config, Learner
 from matpo.credit.chosen import TreeAdvantages, advantages
 from matpo.diagnostics import RolePlay, role_plays
 from matpo.freshness import distance
@@ -105,7 +105,7 @@ def prepare(
     groups = group_trees([tree for tree in trees if tree.tree_id not in filtered])
     ordered = [tree for group in groups for tree in group.trees]
     credited = [scores for group in groups for scores in advantages(group, config.learner)]
-    weights = token_weights(ordered, credited, config.learner)
+    weights = token_weights(ordered, credited, without_frozen_roles(config))
     samples: list[Sample] = []
     for tree, scores, weighed in zip(ordered, credited, weights, strict=True):
         if all(score is None for score in scores):
@@ -141,6 +141,13 @@ def defect(tree: EpisodeTree, config: Config, vocabulary: int) -> str | None:
     return None
 
 
+def without_frozen_roles(config: Config) -> Learner:
+    """The learner's settings with a factor of 0 for roles that the model plays as it started."""
+    learner, lora = config.learner, config.model.lora
+    factors = dict.fromkeys(() if lora is None else lora.frozen, 0.0)
+    return learner.model_copy(update={"role_factors": {**learner.role_factors, **factors}})
+
+
 def _samples(tree: EpisodeTree, scores: TreeAdvantages, weighed: TreeWeights, config: Config) -> list[Sample]:
     return [
         Sample(
@@ -152,6 +159,7 @@ def _samples(tree: EpisodeTree, scores: TreeAdvantages, weighed: TreeWeights, co
             weight=weight,
             # Greedy sampling has no density; its tokens are then scored as drawn at temperature 1.
             temperature=config.episode.roles[trajectory.role].sampling.temperature or 1.0,
+            adapter=("" if config.model.lora is None else config.model.lora.adapter_of(trajectory.role)) or "",
         )
         for trajectory, score, weight in zip(tree.trajectories, scores, weighed, strict=True)
         if score is not None and weight != 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,28 +15,31 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from matpo.adapters import PEFT_PREFIX, adapter_shapes, factor_names, targeted
+from matpo.adapters import PEFT_PREFIX, adapter_shapes, factor_names, prefix_of, targeted
 from matpo.config import Lora
 from matpo.errors import UserError
 
-NAME = "matpo"
-"""peft's name of the one adapter a model has."""
+SHARED = "matpo"
+"""peft's name of the adapter that is not a role's own; those are named `OWN` and the role."""
+OWN = "role_"
+FACTOR = re.compile(r"(.*\.lora_[AB])\.([^.]+)\.weight")
+"""A's or B's name in the model: stem and peft's name of the adapter."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """What `model.lora` adds to a model, which is frozen otherwise."""
+    """What `model.lora` adds to a model, which is frozen otherwise: one adapter, or several of which one plays."""
 
     lora: Lora
     model: PreTrainedModel
     parameters: dict[str, torch.nn.Parameter]
-    """A and B of every adapted projection, under PEFT's names."""
+    """A and B of every adapted projection, under the names they travel by."""
     base: dict[str, torch.nn.Parameter]
     """The model's own, under their Hugging Face names."""
 
     @classmethod
     def attach(cls, model: PreTrainedModel, lora: Lora, *, seed: int) -> Self:
-        """Put the adapter into a float32 model and freeze the rest. B starts at 0, so nothing changes; A is drawn from
+        """Put the adapters into a float32 model and freeze the rest. B starts at 0, so nothing changes; A is drawn from
         `seed` alone. Raises `UserError` for projections the model does not have as linear layers.
         """
         shapes = adapter_shapes({name: tuple(p.shape) for name, p in model.named_parameters()}, lora)
@@ -44,9 +49,12 @@ class Adapter:
             target_modules=list(lora.target_modules),
             task_type="CAUSAL_LM",
         )
-        with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, wherever the model is
+        # peft draws on the CPU, wherever the model is, and warns of several adapters, which is what is wanted here.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
             torch.manual_seed(seed)
-            inject_adapter_in_model(wanted, model, adapter_name=NAME)
+            for name in lora.adapters:
+                inject_adapter_in_model(wanted, model, adapter_name=_peft_name(name))
         adapter = cls.of(model, lora)
         if {name: tuple(p.shape) for name, p in adapter.parameters.items()} != shapes:
             raise UserError(
@@ -57,32 +65,49 @@ class Adapter:
 
     @classmethod
     def of(cls, model: PreTrainedModel, lora: Lora) -> Self:
-        """The adapter a model has already."""
+        """The adapters a model has already; the first one plays."""
         parameters: dict[str, torch.nn.Parameter] = {}
         base: dict[str, torch.nn.Parameter] = {}
         for name, parameter in model.named_parameters():
-            if f".{NAME}." in name:
-                parameters[PEFT_PREFIX + name.replace(f".{NAME}.", ".")] = parameter
+            if factor := FACTOR.fullmatch(name):
+                own = "" if factor[2] == SHARED else factor[2].removeprefix(OWN)
+                parameters[f"{prefix_of(own)}{PEFT_PREFIX}{factor[1]}.weight"] = parameter
             else:
                 base[name.replace(".base_layer.", ".")] = parameter
-        return cls(lora, model, parameters, base)
+        adapter = cls(lora, model, parameters, base)
+        adapter.play(lora.adapters[0])
+        return adapter
+
+    def play(self, name: str) -> None:
+        """Let one of `lora.adapters` speak from now on, forward and backward."""
+        for layer in self._layers():
+            layer.set_adapter(_peft_name(name))
+        for parameter in self.parameters.values():  # peft freezes the silent ones, whose gradients are to stay
+            parameter.requires_grad_(True)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The model without the adapter: the reference it started from."""
-        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
-        for layer in layers:
+        for layer in self._layers():
             layer.enable_adapters(False)
         try:
             yield
         finally:
-            for layer in layers:
+            for layer in self._layers():
                 layer.enable_adapters(True)
+            self.play(self.lora.adapters[0])
+
+    def _layers(self) -> list[LoraLayer]:
+        return [module for module in self.model.modules() if isinstance(module, LoraLayer)]
 
     @property
     def published(self) -> Mapping[str, Tensor]:
         """What travels to the engines, by name."""
         return self.parameters if self.lora.publish == "adapter" else Merged(self.base, self.parameters, self.lora)
+
+
+def _peft_name(adapter: str) -> str:
+    return OWN + adapter if adapter else SHARED
 
 
 class Merged(Mapping[str, Tensor]):

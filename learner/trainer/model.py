@@ -170,6 +170,11 @@ class Policy:
             hidden = self._hidden(tokens_N, positions_N, plan)
         return hidden if self.logit_scale == 1.0 else hidden * self.logit_scale
 
+    def play(self, adapter: str) -> None:
+        """Which of several adapters `hidden` computes with from now on, backward too."""
+        if self.adapter is not None:
+            self.adapter.play(adapter)
+
     def computed_tokens(self, plan: AttentionPlan) -> int:
         """Tokens `hidden` runs the model on: the distinct ones, unless prefixes are not shared."""
         return plan.paths.rows if self.attention == "packed" else plan.tokens

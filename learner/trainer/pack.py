@@ -37,6 +37,8 @@ class MicroBatch:
     role_T: Tensor
     """Index into `roles`."""
     roles: tuple[str, ...]
+    adapter: str
+    """Which of several adapters all of it is played by."""
     trajectory_T: Tensor
     """Which of the micro-batch's trajectories each sampled token belongs to."""
     computed: Work
@@ -56,12 +58,16 @@ def pack(
     ranks: int = 1,
     rank: int = 0,
 ) -> tuple[MicroBatch, ...]:
-    """The micro-batches of one of `ranks` processes that share the step (see `plan`)."""
-    planned = plan(samples, limit_tokens=limit_tokens, shape=shape, ranks=ranks)
-    return tuple(micro_batch(together, device) for together in planned[rank])
+    """The micro-batches of one of `ranks` processes that share the step (see `plan`), those of one adapter together."""
+    batches: list[MicroBatch] = []
+    for adapter in sorted({sample.adapter for sample in samples}):
+        alike = [sample for sample in samples if sample.adapter == adapter]
+        planned = plan(alike, limit_tokens=limit_tokens, shape=shape, ranks=ranks)
+        batches += [micro_batch(together, device, adapter) for together in planned[rank]]
+    return tuple(batches)
 
 
-def micro_batch(samples: Sequence[Sample], device: torch.device) -> MicroBatch:
+def micro_batch(samples: Sequence[Sample], device: torch.device, adapter: str = "") -> MicroBatch:
     """Merge samples into a trie on `device`. Without any it holds one token that is not scored: a rank that has
     nothing to do takes part in the others' forward and backward pass all the same."""
     inputs = [sample.inputs for sample in samples] or [np.zeros(1, np.int32)]
@@ -100,6 +106,7 @@ def micro_batch(samples: Sequence[Sample], device: torch.device) -> MicroBatch:
         weight_T=per_token([sample.weight for sample in samples]),
         role_T=torch.from_numpy(np.repeat(np.array(of_role, np.int64), counts)[order_T]).to(device),
         roles=roles,
+        adapter=adapter,
         trajectory_T=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)[order_T]).to(device),
         computed=Work(len(trie.tokens), int(trie.positions.sum()) + len(trie.tokens), len(scored_KX[0])),
         packed=packed_work(map(len, inputs), len(scored_T)),

@@ -42,6 +42,8 @@ class Sample:
     """Weight of each sampled token in the step's loss."""
     temperature: float
     """At which the tokens were sampled; π is taken at the same one."""
+    adapter: str = ""
+    """Which of several adapters played and is trained."""
 
     def __post_init__(self) -> None:
         if not self.sampled[1:].any() or self.sampled[0]:

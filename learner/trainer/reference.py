@@ -50,6 +50,7 @@ def load_reference(config: Config, policy: Policy, ranks: Ranks = ALONE) -> Refe
 
 def log_probabilities(model: Policy, batch: MicroBatch) -> Tensor:
     """log π of each sampled token, without gradient."""
+    model.play(batch.adapter)
     with torch.no_grad():
         hidden_NE = model.hidden(batch.tokens_N, batch.positions_N, batch.plan)
     with whole_head(model.head) as head:

@@ -65,6 +65,7 @@ def accumulate(policy: Policy, batches: Sequence[MicroBatch], objective: Objecti
         done.masked.append(torch.empty_like(batch.behaviour_T, dtype=torch.bool))
         started = time.perf_counter()
         recompute = policy.recompute.needed(batch.computed.tokens)
+        policy.play(batch.adapter)
         hidden_NE = policy.hidden(batch.tokens_N, batch.positions_N, batch.plan, recompute=recompute)
         middle = time.perf_counter()
         with whole_head(policy.head) as head:

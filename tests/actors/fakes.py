@@ -118,7 +118,9 @@ class ScriptedEngine:
     def _use(self, version: int) -> None:
         self._version, self.digests[version] = version, f"digest-{version}"
 
-    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:
+    async def generate(
+        self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "", adapter: str | None = ""
+    ) -> Generation:
         self.prompts.append(tokens)
         self.samplings.append(sampling)
         said = await self._script(decoded(self._tokenizer, tokens), sampling)

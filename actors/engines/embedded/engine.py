@@ -12,7 +12,6 @@ import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -26,7 +25,7 @@ from actors.engines.embedded.parameters import Parameters, load_parameters
 from actors.engines.embedded.worker import Abandon, Stop, Submit, Swap, Worker, reason_of
 from actors.engines.engine import EngineFailure, EngineHealth, Generation, LoadReport, check_prompt
 from actors.engines.folder import read_model_weights
-from matpo.adapters import merged, targeted
+from matpo.adapters import Shape, adapter_shapes, check_shapes, merged, only
 from matpo.config import EmbeddedEngine as Settings
 from matpo.config import Lora, Sampling
 from matpo.errors import UserError
@@ -51,7 +50,7 @@ class EmbeddedEngine:
         worker: Worker,
         merge: Callable[[Weights], Weights] | None = None,
     ) -> None:
-        """`merge` turns what is loaded, an adapter, into whole weights."""
+        """`merge` turns what is loaded, adapters, into whole weights."""
         self._architecture = architecture
         self._merge = merge
         self._settings = settings
@@ -62,17 +61,17 @@ class EmbeddedEngine:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, folder: Path, settings: Settings, *, lora: Lora | None = None, seed: int, log: Path | None = None
+        cls, folder: Path, settings: Settings, *, lora: Lora | None = None, player: str | None = "", seed: int
     ) -> AsyncIterator[Self]:
         """Read the architecture from `folder` and start the thread; weights come with the first `load`.
 
-        With `lora` they are an adapter's, and every load adds it into a copy of the model's own. `log` is for engines
-        that are processes of their own; this one prints nothing.
+        With `lora` they are all its adapters', and every load adds `player`, one of `lora.players`, into a copy of the
+        model's own.
         Raises `UserError` for a model this engine cannot run or a device torch does not have.
         """
         architecture = read_architecture(folder, context=settings.max_context_tokens)
         ends = read_end_tokens(folder, architecture)
-        merge = None if lora is None else _merging(folder, lora)
+        merge = None if lora is None else _merging(folder, lora, player)
         torch.set_num_threads(settings.threads)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         worker = _worker(architecture, settings, ends=ends, seed=seed)
@@ -93,7 +92,9 @@ class EmbeddedEngine:
         """Digests of all weights so far, read back from the device."""
         return self._digests
 
-    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:
+    async def generate(
+        self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "", adapter: str | None = ""
+    ) -> Generation:
         """Sample a continuation; see `Engine.generate`. Also raises `ValueError` for a prompt that fills the context.
 
         A caller that is cancelled or too late frees its row at the next decoding step.
@@ -163,11 +164,18 @@ class EmbeddedEngine:
         return parameters if self._merge is None else replace(parameters, digest=weights_digest(weights))
 
 
-def _merging(folder: Path, lora: Lora) -> Callable[[Weights], Weights]:
-    """Adds an adapter into a copy of the folder's weights. Raises `UserError` where the model lacks the projections."""
+def _merging(folder: Path, lora: Lora, player: str | None) -> Callable[[Weights], Weights]:
+    """Adds a player's adapter into a copy of the folder's weights. Raises `UserError` where the model lacks the
+    projections."""
     base = read_model_weights(folder)
-    targeted({name: tensor.data.shape for name, tensor in base.items()}, lora)
-    return partial(merged, base, lora=lora)
+    shapes: Mapping[str, Shape] = {name: tensor.data.shape for name, tensor in base.items()}
+    wanted = adapter_shapes(shapes, lora)
+
+    def merge(weights: Weights) -> Weights:
+        check_shapes(weights, wanted)
+        return base if player is None else merged(base, only(weights, player), lora.model_copy(update={"roles": {}}))
+
+    return merge
 
 
 def _worker(architecture: Architecture, settings: Settings, *, ends: tuple[int, ...], seed: int) -> Worker:

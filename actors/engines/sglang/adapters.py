@@ -15,7 +15,7 @@ import numpy as np
 from actors.engines.sglang.client import ServerRefused, SglangClient
 from actors.engines.sglang.handover import Parcel, scratch_folder
 from actors.engines.sglang.model import ModelFacts
-from matpo.adapters import CONFIG_FILE, TENSOR_FILE, adapter_shapes, check_shapes, peft_config
+from matpo.adapters import CONFIG_FILE, TENSOR_FILE, adapter_shapes, check_shapes, only, peft_config
 from matpo.config import PROJECTIONS, Lora
 from matpo.config import SglangEngine as Settings
 from protocols.weights import Tensor, WeightDtype, Weights, weights_digest, write_keyframe
@@ -57,21 +57,23 @@ class AdapterHandover:
 
     async def deliver(self, parcel: Parcel, client: SglangClient, *, flush: bool, deadline_s: float) -> None:
         """Load the adapter beside the ones the server has."""
-        body = {"lora_name": parcel.adapter, "lora_path": str(parcel.folder)}
-        try:
-            await client.command("/load_lora_adapter", body, deadline_s=deadline_s)
-        except ServerRefused:  # it may have it already, from a delivery whose answer was lost
-            with suppress(ServerRefused):
-                await self.retire(parcel, client, deadline_s=deadline_s)
-            await client.command("/load_lora_adapter", body, deadline_s=deadline_s)
+        for served_as in parcel.adapters.values():
+            body = {"lora_name": served_as, "lora_path": str(parcel.folder / served_as)}
+            try:
+                await client.command("/load_lora_adapter", body, deadline_s=deadline_s)
+            except ServerRefused:  # it may have it already, from a delivery whose answer was lost
+                with suppress(ServerRefused):
+                    await _unload(served_as, client, deadline_s=deadline_s)
+                await client.command("/load_lora_adapter", body, deadline_s=deadline_s)
 
     async def held(self, parcel: Parcel, client: SglangClient, *, deadline_s: float) -> bool:
         """By the adapters the server lists."""
-        return parcel.adapter in await client.models(deadline_s=deadline_s)
+        return set(parcel.adapters.values()) <= set(await client.models(deadline_s=deadline_s))
 
     async def retire(self, parcel: Parcel, client: SglangClient, *, deadline_s: float) -> None:
         """Unload it."""
-        await client.command("/unload_lora_adapter", {"lora_name": parcel.adapter}, deadline_s=deadline_s)
+        for served_as in parcel.adapters.values():
+            await _unload(served_as, client, deadline_s=deadline_s)
 
     def keep_only(self, *parcels: Parcel) -> None:
         """Remove all other folders."""
@@ -83,13 +85,19 @@ class AdapterHandover:
     def _prepare(self, weights: Weights, version: int) -> Parcel:
         # A name is never used twice: another actor may have given the server its adapter of the same version.
         name = f"version-{version}-{uuid.uuid4().hex}"
-        folder = self.folder / name
-        folder.mkdir()
-        (folder / CONFIG_FILE).write_bytes(peft_config(self._served, base=self._facts.folder.resolve()))
+        adapters = {adapter: f"{name}-{adapter}" if adapter else name for adapter in self._lora.adapters}
         dtype = next(iter(weights.values())).dtype
         zeros = {n: _zeros(dtype, shape) for n, shape in self._served_shapes.items() if n not in weights}
-        write_keyframe(folder / TENSOR_FILE, {**weights, **zeros}, version=version)
-        return Parcel(version, weights_digest(weights), None, folder, adapter=name)
+        for adapter, served_as in adapters.items():
+            folder = self.folder / name / served_as
+            folder.mkdir(parents=True)
+            (folder / CONFIG_FILE).write_bytes(peft_config(self._served, base=self._facts.folder.resolve()))
+            write_keyframe(folder / TENSOR_FILE, only({**weights, **zeros}, adapter), version=version)
+        return Parcel(version, weights_digest(weights), None, self.folder / name, adapters=adapters)
+
+
+async def _unload(served_as: str, client: SglangClient, *, deadline_s: float) -> None:
+    await client.command("/unload_lora_adapter", {"lora_name": served_as}, deadline_s=deadline_s)
 
 
 def served(lora: Lora) -> Lora:

@@ -90,14 +90,16 @@ class SglangEngine:
         """Of all weights handed over; with `attest`, a server's own checksums agreed before it sampled with them."""
         return self._digests
 
-    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:
+    async def generate(
+        self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "", adapter: str | None = ""
+    ) -> Generation:
         """Sample a continuation; see `Engine.generate`. Also raises `ValueError` for a prompt that fills the context.
 
         When a server dies or freezes in between, sampling goes on from the tokens that had arrived: on another one at
         once, or on the same one when it is back. `group` goes to one server as far as load allows.
         """
         check_prompt(tokens, vocabulary=self._facts.vocabulary, context=self._settings.max_context_tokens)
-        progress = Progress(tokens)
+        progress = Progress(tokens, adapter)
         self._waiting += 1
         try:
             with anyio.move_on_after(deadline_s):

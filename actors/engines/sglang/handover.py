@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +37,13 @@ class Parcel:
     """Holds these weights: a Hugging Face model folder, or a PEFT folder."""
     cache_key: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Requests that are sampled with these weights share keys and values with no others."""
-    adapter: str = ""
-    """What requests must name to be sampled with these weights; empty: they are the server's own."""
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """Name of an adapter (`Lora.adapters`) → what requests must name to be sampled with it. Empty: the weights are the
+    server's own."""
+
+    def adapter_of(self, name: str | None) -> str:
+        """What a request must name; empty: nothing, it is sampled with the server's own weights."""
+        return "" if name is None or not self.adapters else self.adapters[name]
 
 
 class Handover(Protocol):

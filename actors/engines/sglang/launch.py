@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Final
 
 import anyio
 import anyio.abc
@@ -18,6 +19,9 @@ from actors.engines.sglang.adapters import served
 from matpo.config import Lora
 from matpo.config import SglangEngine as Settings
 from matpo.errors import UserError
+
+VERSIONS_AT_ONCE: Final = 4
+"""Of several adapters, in one batch of a server."""
 
 MARGIN_TOKENS = 2
 """The server ends an answer this short of its own limit; ours is exact."""
@@ -70,6 +74,8 @@ def command(folder: Path, settings: Settings, lora: Lora | None = None, *, port:
         options += ["--enable-lora", "--max-lora-rank", lora.rank]
         options += ["--lora-target-modules", *served(lora).target_modules]
         options += ["--lora-backend", "torch_native"] if settings.device == "cpu" else []
+        if lora.own:  # requests of some versions at once, each with its adapters, and some with none
+            options += ["--max-loras-per-batch", VERSIONS_AT_ONCE * len(lora.adapters) + 1]
     return [settings.python, "-m", "sglang.launch_server", *(str(option) for option in options), *settings.arguments]
 
 

@@ -31,7 +31,9 @@ class Ticket:
     routing_key: str = ""
     """A router sends requests of one key to one server."""
     adapter: str = ""
-    """With which all tokens are sampled, whatever becomes of the server's weights; empty: with those."""
+    """What is added to the server's weights; empty: nothing."""
+    settled: bool = False
+    """Whether all tokens are sampled with this version, whatever newer ones the server takes meanwhile."""
 
 
 @dataclass(slots=True)
@@ -99,7 +101,7 @@ class Line:
             adapter=ticket.adapter,
             routing_key=ticket.routing_key,
         )
-        reply = Reply(sent_with=ticket.version, to_the_end=bool(ticket.adapter))
+        reply = Reply(sent_with=ticket.version, to_the_end=ticket.settled)
         if not await self._complete(request, reply, progress):
             reply.salvage(progress)
             return self._stop_of(progress, sampling)

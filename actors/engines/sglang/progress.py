@@ -18,7 +18,9 @@ Number = TypeVar("Number", np.int32, np.float32)
 class Progress:
     """Tokens that certainly were sampled, each with its log-probability and version."""
 
-    def __init__(self, prompt: Tokens) -> None:
+    def __init__(self, prompt: Tokens, adapter: str | None = "") -> None:
+        self.adapter = adapter
+        """What samples, as in `Engine.generate`."""
         self.count = 0
         """Tokens sampled."""
         self.breaks = 0

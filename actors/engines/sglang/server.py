@@ -101,7 +101,10 @@ class Server:
             return await self.line.attempt(progress, sampling, Ticket(UNVERSIONED, ""))
         self._users[parcel] += 1
         try:
-            ticket = Ticket(parcel.version, parcel.cache_key, adapter=parcel.adapter)
+            adapter = parcel.adapter_of(progress.adapter)
+            # Keys and values of different adapters are different, and those of none outlive a version.
+            cache_key = f"{parcel.cache_key}-{progress.adapter}" if adapter else parcel.cache_key
+            ticket = Ticket(parcel.version, cache_key, adapter=adapter, settled=bool(parcel.adapters))
             return await self.line.attempt(progress, sampling, ticket)
         finally:
             self._users[parcel] -= 1

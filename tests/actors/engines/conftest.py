@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from actors.engines.embedded.decoder import Decoder
-from actors.engines.embedded.engine import EmbeddedEngine
 from actors.engines.embedded.parameters import Parameters
+from actors.engines.embedded.players import Players
 from actors.engines.engine import Engine
 from actors.engines.sglang.engine import SglangEngine
 from matpo.config import EmbeddedEngine as EmbeddedSettings
@@ -42,7 +42,7 @@ class OpenEngine:
 
     def __call__(self, folder: Path) -> AbstractAsyncContextManager[Engine]:
         if isinstance(self.settings, EmbeddedSettings):
-            return EmbeddedEngine.open(folder, self.settings, lora=self.lora, seed=1)
+            return Players.open(folder, self.settings, lora=self.lora, seed=1)
         assert self.server is not None
         settings = self.settings.model_copy(update={"urls": (self.server.url(folder, self.lora),)})
         return SglangEngine.open(folder, settings, lora=self.lora, seed=1, log=folder / "engine.log")

@@ -86,3 +86,25 @@ async def test_parts_of_what_the_server_holds_as_one_projection_may_be_adapted(
         answer = await engine.generate(prompt_of(6), Sampling(max_tokens=8), deadline_s=PATIENCE_S)
     expected = hugging_face_logprobs(adapted, prompt_of(6), answer.tokens)
     np.testing.assert_allclose(answer.logprobs, expected, atol=1e-4, rtol=0)
+
+
+async def test_every_role_is_played_by_its_own_adapter_and_a_frozen_one_by_none(
+    open_engine: OpenEngine, tmp_path: Path
+) -> None:
+    lora = LORA.model_copy(update={"roles": {"planner": "shared", "worker": "own", "critic": "frozen"}})
+    model = make_model("qwen3", tmp_path)
+    shared, own = (adapt(model, LORA, seed=seed) for seed in (1, 2))
+    weights = {**adapter_of(shared), **{f"worker/{name}": tensor for name, tensor in adapter_of(own).items()}}
+    prompt, sampling = prompt_of(6), Sampling(max_tokens=8)
+    async with open_engine.adapted(lora)(tmp_path) as engine:
+        for version in (3, 4):
+            report = await engine.load(weights, version=version)
+        answers = {
+            role: await engine.generate(prompt, sampling, deadline_s=PATIENCE_S, adapter=lora.adapter_of(role))
+            for role in lora.roles
+        }
+    for role, played_by in (("planner", shared), ("worker", own), ("critic", model)):
+        expected = hugging_face_logprobs(played_by, prompt, answers[role].tokens)
+        np.testing.assert_allclose(answers[role].logprobs, expected, atol=1e-4, rtol=0)
+        assert set(answers[role].versions.tolist()) == {4}
+    assert report.digest == engine.digests[4] == weights_digest(weights)

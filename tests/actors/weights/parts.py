@@ -69,7 +69,9 @@ class HoldingEngine:
         self.gate: anyio.Event | None = None
         """Loading waits for it."""
 
-    async def generate(self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "") -> Generation:
+    async def generate(
+        self, tokens: Tokens, sampling: Sampling, *, deadline_s: float, group: str = "", adapter: str | None = ""
+    ) -> Generation:
         raise NotImplementedError
 
     async def load(self, weights: Weights, *, version: int, file: Path | None = None) -> LoadReport:
