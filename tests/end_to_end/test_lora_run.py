@@ -56,3 +56,21 @@ def test_a_real_server_samples_with_one_adapter_per_version(tmp_path: Path) -> N
     found = audit(only_run(tmp_path))
     assert found.tokens > 500 and len(found.versions) >= 2
     assert max(found.worst, found.worst_swapped) < 1e-3
+
+
+def test_roles_played_by_adapters_of_their_own_and_by_none(tmp_path: Path) -> None:
+    roles = 'model.lora.roles={planner = "own", worker = "frozen"}'
+    done = matpo(*short_run(tmp_path, "run.steps=2", *LORA, roles), timeout_s=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = only_run(tmp_path)
+    first = next(line for _, line in read_metrics(run / "metrics.jsonl") if line["stage"] == "trainer")
+    figures = first["roles"]
+    assert isinstance(figures, dict) and list(figures) == ["planner"]
+    planner = figures["planner"]
+    assert isinstance(planner, dict) and float(str(planner["mismatch_kl"])) < 1e-6
+    replay = matpo("replay", str(run))
+    assert replay.returncode == 0, replay.stdout + replay.stderr
+    checkpoint = run / "checkpoints" / "step-000002"
+    assert load_file(checkpoint / "planner" / TENSOR_FILE)
+    played = matpo("eval", str(QUICKSTART), *SHORT, *LORA, roles, "--adapter", str(checkpoint))
+    assert played.returncode == 0, played.stdout + played.stderr
