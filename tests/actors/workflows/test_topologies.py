@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import anyio
 import pytest
 
 from actors.episode import play_episode
+from actors.scene import Scene
+from actors.workflows.acting import enter, last_turn, words
 from matpo.config import Sampling
 from protocols.messages import Purpose
 from protocols.records import EpisodeTree, Joint, Task
@@ -191,3 +193,23 @@ async def test_agents_of_any_topology_may_have_workers_of_their_own() -> None:
         )
     assert Counter(t.role for t in tree.trajectories) == {"one": 2, "two": 2, "worker": 2}
     assert tree.earned.count(None) == 2 and tree.rewards["spawned"] == 2.0
+
+
+async def relay(scene: Scene, roles: Sequence[str]) -> float | None:
+    """Each role improves what the one before it wrote; the last answer counts. (The example of docs/topologies.md.)"""
+    act = enter(scene, roles[0], scene.task.question)
+    await act.play()
+    for role in roles[1:]:
+        act = enter(scene, role, f"{scene.task.question}\n{words(act)}", parent=last_turn(act))
+        await act.play()
+    return (await scene.appraise(act.run)).score
+
+
+async def test_a_topology_of_ones_own_is_a_few_lines() -> None:
+    async def script(prompt: str, sampling: Sampling) -> Say | str:
+        return "Ann" if last_message(prompt) == "Who?\nBob" else "Bob"
+
+    config = settings({"one": {"system": "I am one."}, "two": {"system": "I am two."}})
+    scene = Scene(stage(config, script)[0], TASK, "train", group_id="g")
+    assert await relay(scene, ("one", "two")) == 1.0
+    assert [(run.role, run.parent) for run in scene.runs] == [("one", None), ("two", (0, 1))]

@@ -1,0 +1,75 @@
+"""Several things at once, and the same thing asked by several."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import anyio
+import pytest
+
+from actors.flights import Flights
+from actors.together import together
+
+
+async def test_results_stand_in_the_order_of_the_acts_whoever_ends_first() -> None:
+    second = anyio.Event()
+
+    async def act(number: int) -> int:
+        if number == 0:
+            await second.wait()
+        second.set()
+        return number
+
+    with anyio.fail_after(5):
+        assert await together([partial(act, 0), partial(act, 1)]) == [0, 1]
+    assert await together([]) == []
+
+
+async def test_those_who_ask_the_same_at_the_same_time_share_one_answer() -> None:
+    flights, asked, gate = Flights[str](), list[bytes](), anyio.Event()
+
+    async def ask(key: bytes) -> str:
+        asked.append(key)
+        await gate.wait()
+        return key.decode()
+
+    async def open_gate() -> str:
+        while len(asked) < 2:
+            await anyio.lowlevel.checkpoint()
+        gate.set()
+        return "open"
+
+    keys = (b"a", b"a", b"b", b"a")
+    with anyio.fail_after(5):
+        answers = await together([open_gate, *(partial(flights.once, key, partial(ask, key)) for key in keys)])
+    assert answers == ["open", "a", "a", "b", "a"]
+    assert sorted(asked) == [b"a", b"b"]
+
+
+async def test_where_the_one_who_asks_fails_the_next_who_waited_asks() -> None:
+    flights, gate = Flights[str](), anyio.Event()
+    waiting = anyio.Event()
+
+    async def fail() -> str:
+        await gate.wait()
+        raise LookupError("gone")
+
+    async def first() -> str:
+        with pytest.raises(LookupError, match="gone"):
+            await flights.once(b"k", fail)
+        return "failed"
+
+    async def second() -> str:
+        waiting.set()
+        return await flights.once(b"k", answer)
+
+    async def answer() -> str:
+        return "there"
+
+    async def open_gate() -> str:
+        await waiting.wait()
+        gate.set()
+        return "open"
+
+    with anyio.fail_after(5):
+        assert await together([first, second, open_gate]) == ["failed", "there", "open"]
