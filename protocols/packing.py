@@ -104,15 +104,17 @@ def unpack_turns(frame: Frame, *, turns: int) -> list[TurnRow]:
 def shared_prefixes(trajectories: Sequence[Trajectory]) -> list[tuple[int, int]]:
     """For each, (earlier trajectory, tokens it shares from the start), or (-1, 0).
 
-    Compared with the first and the latest of the same role and with the parent: the first shares the prompt of every
-    worker; the others nearly everything where a workflow records one trajectory per turn.
+    Compared with the first and the latest of the same role, and with a parent of that role: the first shares the prompt
+    of every worker; the others nearly everything where a workflow records one trajectory per turn.
     """
     first: dict[str, int] = {}
     latest: dict[str, int] = {}
     links: list[tuple[int, int]] = []
     for index, mine in enumerate(trajectories):
         best = (-1, 0)
-        parent = index if mine.parent is None else mine.parent[0]
+        parent = index
+        if mine.parent is not None and trajectories[mine.parent[0]].role == mine.role:
+            parent = mine.parent[0]
         for candidate in {first.setdefault(mine.role, index), latest.get(mine.role, index), parent} - {index}:
             common = _common_prefix(trajectories[candidate].tokens, mine.tokens)
             if common > best[1]:
