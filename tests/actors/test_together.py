@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import anyio
@@ -45,7 +46,8 @@ async def test_those_who_ask_the_same_at_the_same_time_share_one_answer() -> Non
         return await flights.once(key, partial(ask, key))
 
     with anyio.fail_after(5):
-        answers = await together([open_gate, *(partial(once, key) for key in keys)])
+        asks: list[Callable[[], Awaitable[str]]] = [open_gate, *(partial(once, key) for key in keys)]
+        answers = await together(asks)
     assert answers == ["open", "a", "a", "b", "a"]
     assert sorted(asked) == [b"a", b"b"]
 
