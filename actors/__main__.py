@@ -149,7 +149,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Place, Path | None]:
     """The command line: the actor's place, and its log file (None: the terminal)."""
     parser = argparse.ArgumentParser(prog="matpo-actor", description=__doc__)
     parser.add_argument("config", type=Path, help="a config file, or RUN/config.json")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example actor.concurrency=32")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as actor.concurrency=32")
     parser.add_argument("--hub", required=True, help="tcp://HOST:PORT, as matpo-learner prints it")
     parser.add_argument("--state", type=Path, help="folder for outbox and log (default: run.dir/actors, log on stderr)")
     parser.add_argument("--actor-id", default=socket.gethostname(), help="unique among the run's actors")

@@ -158,7 +158,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, play, print."""
     parser = argparse.ArgumentParser(prog="matpo eval", description=__doc__)
     parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example evaluation.temperature=1.0")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as evaluation.questions=9")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder instead of model.path")
     parser.add_argument("--adapter", type=Path, help="a PEFT folder, for a config with model.lora")
     parser.add_argument("--repeats", type=int, default=1, metavar="K", help="episodes per question (mean@K)")

@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     """Supervise the learner of one run; returns the exit code."""
     parser = argparse.ArgumentParser(prog="matpo-learner", description="Hub and trainer of one run, supervised.")
     parser.add_argument("config", type=Path, nargs="?", help="TOML file; not needed with --run")
-    parser.add_argument("override", nargs="*", help="section.key=value")
+    parser.add_argument("override", nargs="*", default=[], help="section.key=value")
     parser.add_argument("--run", type=Path, metavar="RUN", help="start or go on in this run's folder")
     add_owned(parser)
     options = parser.parse_intermixed_args(arguments)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
+from pydantic import ValidationError
 
 from matpo.config import Config
 from matpo.errors import UserError
@@ -141,7 +142,12 @@ class RunFolder:
         """Where the hub listens, or None while no hub of this run is alive."""
         if not self.hub.is_file():
             return None
-        address = HubAddress.model_validate_json(self.hub.read_bytes())
+        try:
+            address = HubAddress.model_validate_json(self.hub.read_bytes())
+        except ValidationError as error:
+            raise UserError(
+                f"{str(self.hub)!r}, which names a run's hub, is damaged; stop that hub and remove the file"
+            ) from error
         try:
             os.kill(address.pid, 0)
         except ProcessLookupError:

@@ -47,7 +47,7 @@ def _read(path: Path) -> Tree:
     if not path.exists():
         raise UserError(f"{name} does not exist; the shipped ones are in configs/")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         tree: JsonValue = json.loads(text) if form == "JSON" else tomllib.loads(text)
     except OSError as error:
         raise UserError(f"{name} cannot be read ({error.strerror}); give a TOML file") from error

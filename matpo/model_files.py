@@ -59,7 +59,7 @@ def chat_template(model: Model) -> str | None:
     if model.chat_template is None:
         return None
     if not model.chat_template.is_file():
-        raise UserError(f"model.chat_template {str(model.chat_template)!r} does not exist; give a jinja file")
+        raise UserError(f"model.chat_template {str(model.chat_template)!r} is no file; give a jinja file")
     return model.chat_template.read_text(encoding="utf-8")
 
 

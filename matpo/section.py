@@ -14,7 +14,7 @@ _DEVICE: Final = re.compile(r"cpu|mps|cuda(:\d+)?")
 class Section(BaseModel):
     """Base of every part of the settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def changed(self, *names: str) -> list[str]:
         """Which of these options have another value than their default."""

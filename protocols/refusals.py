@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import socket
 from collections import Counter
 from collections.abc import Sequence
@@ -128,7 +127,7 @@ def check_listen(endpoint: str, keys: HubKeys | None) -> None:
     except socket.gaierror:
         return  # ZeroMQ also takes the name of an interface
     except OSError as error:
-        raise CannotListen(endpoint, os.strerror(error.errno or 0)) from error
+        raise CannotListen(endpoint, str(error.strerror).partition(" (while")[0]) from error
 
 
 def read_for_hub(parts: Sequence[memoryview], *, max_message_bytes: int) -> HubInput | Refuse:

@@ -30,8 +30,10 @@ TRACKED_BYTES: Final = zmq.COPY_THRESHOLD
 
 
 def new_pair() -> KeyPair:
-    """A fresh CURVE25519 pair."""
+    """A fresh CURVE25519 pair. Its public key begins with no dash: it is written on command lines."""
     public, secret = zmq.curve_keypair()
+    while public.startswith(b"-"):
+        public, secret = zmq.curve_keypair()
     return KeyPair(public=public.decode(), secret=secret.decode())
 
 

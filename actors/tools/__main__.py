@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("server", help="as the config names it")
             made.add_argument("tool", help="as the server names it; see `list`")
             made.add_argument("arguments", nargs="?", default="{}", help='JSON object, such as \'{"query": "Paris"}\'')
-        made.add_argument("override", nargs="*", help="section.key=value")
+        made.add_argument("override", nargs="*", default=[], help="section.key=value")
         return made
 
     listing = command("list", "start every configured server and show its tools")

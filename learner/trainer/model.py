@@ -90,6 +90,10 @@ class Policy:
                 )
             else:
                 model = without_weights(folder)
+        except RuntimeError as error:
+            raise UserError(
+                f"model {str(folder)!r}: its weights do not fit its config.json; give a folder where they do"
+            ) from error
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"model {str(folder)!r} cannot be loaded: {str(error).splitlines()[0]};"

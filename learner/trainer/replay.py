@@ -116,7 +116,7 @@ def run(arguments: Sequence[str]) -> int:
     """Entry point of `python -m learner.trainer.replay RUN [section.key=value …] [--objective NAME]`."""
     parser = argparse.ArgumentParser(prog="matpo replay", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="train another way")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="train another way")
     parser.add_argument("--objective", metavar="NAME", help="short for learner.objective.name=NAME, with its defaults")
     options = parser.parse_intermixed_args(arguments)
     overrides = list(options.overrides)

@@ -31,8 +31,8 @@ def dispatch(arguments: Sequence[str]) -> int:
     overridden = parsed.command in ("run", "config")
     strays = [word for word in rest if not overridden or word.startswith("-")]
     if strays and parsed.command not in PASSED_ON:
-        close = difflib.get_close_matches(strays[0], ("--dry-run", "--resume", "--help"), n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        close = difflib.get_close_matches(strays[0], ("--dry-run", "--resume"), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else "settings are written section.key=value; "
         raise UserError(f"unknown argument {strays[0]!r}; {hint}`matpo {parsed.command} --help` lists what there is")
     match parsed.command:
         case "run":

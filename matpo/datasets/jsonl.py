@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -51,8 +52,9 @@ def read_jsonl(path: Path, *, limit: int | None = None) -> list[Task]:
 def _tasks(path: Path) -> Iterator[Task]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                row = _row(line, f"{path}:{number}")
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if text.strip():
+                row = _row(text, f"{path}:{number}")
                 yield Task.make(row.question, row.answers, row.metadata, row.tool_arguments)
 
 

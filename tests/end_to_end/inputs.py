@@ -39,6 +39,7 @@ ENTRIES: Mapping[str, Callable[[Sequence[str]], int]] = {
     "matpo tools": actors.tools.__main__.main,
 }
 """Where each command begins; the last four are processes of their own that `matpo` starts."""
+SMALL = ("data.train.worlds=2", "data.train.questions=8", "data.evaluation.worlds=1", "data.evaluation.questions=2")
 QUESTION = '{"question": "a?", "answers": ["b"]}\n'
 FILES: Mapping[str, str | bytes] = {
     "broken.toml": '[run\nname = "x"\n',
@@ -59,6 +60,7 @@ FILES: Mapping[str, str | bytes] = {
     "latin.jsonl": '{"question": "caf\xe9?", "answers": ["d"]}\n'.encode("latin-1"),
     "array.jsonl": "[\n" + QUESTION.strip() + ",\n" + QUESTION.strip() + "\n]\n",
     "empty.jsonl": "\n\n",
+    "table.csv": "question,answers\na?,b\n",
     "no_servers.json": '{"servers_": {}}',
     "mcp_list.json": '{"mcpServers": [1]}',
     "mcp_broken.json": '{"mcpServers": {',
@@ -75,19 +77,33 @@ FILES: Mapping[str, str | bytes] = {
 
 @dataclass(frozen=True)
 class Scene:
-    """Where the wrong files are: `<dir>` in a command or in its answer, and `<port>` for an address that is taken."""
+    """What stands in the table for what is elsewhere in every test: `<dir>` for the folder of wrong files, `<port>` for
+    one that is taken, `<quickstart>` for its settings, `<small>` for the same with few questions."""
 
     folder: Path
     port: int
 
     def fill(self, text: str) -> str:
-        return text.replace("<dir>", str(self.folder)).replace("<port>", str(self.port)).replace(
-            "<quickstart>", str(QUICKSTART.relative_to(ROOT))
-        )  # fmt: skip
+        for name, value in self._places.items():
+            text = text.replace(name, value)
+        return text
 
     def blank(self, text: str) -> str:
         """The other way round."""
-        return text.replace(str(self.folder), "<dir>").replace(str(self.port), "<port>")
+        for name, value in self._places.items():
+            text = text.replace(value, name)
+        return text
+
+    @property
+    def _places(self) -> Mapping[str, str]:
+        settings = str(QUICKSTART.relative_to(ROOT))
+        return {
+            "<dir>": str(self.folder),
+            "<port>": str(self.port),
+            "<python>": sys.executable,
+            "<small>": " ".join((settings, *SMALL)),
+            "<quickstart>": settings,
+        }
 
 
 @contextmanager
@@ -136,7 +152,7 @@ def _write_models(folder: Path) -> None:
 def _write_runs(folder: Path) -> None:
     (folder / "empty_run").mkdir()
     config = load_config(QUICKSTART)
-    for name in ("run", "damaged_run", "foreign_run", "begun_run"):
+    for name in ("run", "damaged_run", "foreign_run", "begun_run", "broken_run", "damaged_hub"):
         (folder / name).mkdir()
         RunFolder(folder / name).write_config(config)
     (folder / "damaged_run" / "journal.sqlite").write_bytes(b"no database at all, but long enough to be one" * 100)
@@ -144,6 +160,8 @@ def _write_runs(folder: Path) -> None:
     (folder / "begun_run" / "secrets.json").write_text("{")
     (folder / "begun_run" / "secrets.json").chmod(0o600)
     (folder / "begun_run" / "config.json").write_text('{"tools": {"mcpServers": {}}}')
+    (folder / "broken_run" / "config.json").write_text('{"run": ')
+    (folder / "damaged_hub" / "hub.json").write_text("{")
     (folder / "a_file").write_text("")
 
 
