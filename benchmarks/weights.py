@@ -218,62 +218,88 @@ def wall_s(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def measure(update: Update, folder: Path, rounds: int) -> Figures:
-    """Interleaved rounds; the first warms up and is not counted."""
-    path, file = folder / "delta", folder / "xor"
-    base_digest = weights_digest(update.before)
-    room = np.empty(max(tensor.data.size for tensor in update.before.values()), np.uint16)
-    ours, xor = encode_ours(update), encode_xor(update, room)
-    held = copy_of(update.before)
+class Bench:
+    """One update, and what is timed of it, ours and the XOR baseline."""
 
-    def reset() -> None:
-        for name, tensor in update.before.items():
-            bits(held[name])[:] = bits(tensor)
+    def __init__(self, update: Update, folder: Path) -> None:
+        self.path, self._file = folder / "delta", folder / "xor"
+        self._update = update
+        self._base_digest = weights_digest(update.before)
+        self._room = np.empty(max(tensor.data.size for tensor in update.before.values()), np.uint16)
+        self._ours, self.xor = encode_ours(update), encode_xor(update, self._room)
+        self.held = copy_of(update.before)
 
-    def apply_ours() -> None:
-        for part, encoded in zip(cut(held, PART_ELEMENTS), ours, strict=True):
-            decode(encoded, slices(held, part))
+    def reset(self) -> None:
+        for name, tensor in self._update.before.items():
+            bits(self.held[name])[:] = bits(tensor)
 
-    def write_xor() -> None:
-        with Draft(file) as draft:
-            for frame in encode_xor(update, room):
+    def encode(self) -> None:
+        encode_ours(self._update)
+
+    def encode_on_two(self) -> None:
+        encode_ours(self._update, 2)
+
+    def xor_encode(self) -> None:
+        encode_xor(self._update, self._room)
+
+    def write(self) -> None:
+        before, after = self._update.before, self._update.after
+        write_delta(self.path, before, after, base_version=1, version=2, base_digest=self._base_digest)
+
+    def xor_write(self) -> None:
+        with Draft(self._file) as draft:
+            for frame in encode_xor(self._update, self._room):
                 draft.write(frame)
-            identities(update.after, 1)
+            identities(self._update.after, 1)
             draft.commit()
 
-    def write_ours() -> None:
-        write_delta(path, update.before, update.after, base_version=1, version=2, base_digest=base_digest)
+    def apply(self) -> None:
+        for part, encoded in zip(cut(self.held, PART_ELEMENTS), self._ours, strict=True):
+            decode(encoded, slices(self.held, part))
 
-    def patch() -> None:
-        patch_weights(path, held, base_version=1, base_digest=base_digest)
+    def xor_apply(self) -> None:
+        apply_xor(self.xor, self.held)
 
+    def patch(self) -> None:
+        patch_weights(self.path, self.held, base_version=1, base_digest=self._base_digest)
+
+
+def time_rounds(bench: Bench, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every piece of work in each round: interleaved, without the first, which warms up."""
     work: dict[str, Callable[[], object]] = {
-        "encode": lambda: encode_ours(update),
-        "xor_encode": lambda: encode_xor(update, room),
-        "write": write_ours,
-        "xor_write": write_xor,
-        "apply": apply_ours,
-        "xor_apply": lambda: apply_xor(xor, held),
-        "patch": patch,
+        "encode": bench.encode,
+        "xor_encode": bench.xor_encode,
+        "write": bench.write,
+        "xor_write": bench.xor_write,
+        "apply": bench.apply,
+        "xor_apply": bench.xor_apply,
+        "patch": bench.patch,
     }
     seconds: dict[str, list[float]] = {name: [] for name in (*work, "one", "two")}
     for _ in range(rounds + 1):
         for name, task in work.items():
             if name in ("apply", "xor_apply", "patch"):
-                reset()
+                bench.reset()
             seconds[name].append(cpu_s(task))
-        seconds["one"].append(wall_s(lambda: encode_ours(update)))
-        seconds["two"].append(wall_s(lambda: encode_ours(update, 2)))
-    assert weights_digest(held) == weights_digest(update.after)
+        seconds["one"].append(wall_s(bench.encode))
+        seconds["two"].append(wall_s(bench.encode_on_two))
+    return {name: taken[1:] for name, taken in seconds.items()}
+
+
+def measure(update: Update, folder: Path, rounds: int) -> Figures:
+    """Time both ways, and check that ours arrived."""
+    bench = Bench(update, folder)
+    seconds = time_rounds(bench, rounds)
+    assert weights_digest(bench.held) == weights_digest(update.after)
     dense_gb = update.dense_bytes / 1e9
-    size = path.stat().st_size
+    size = bench.path.stat().st_size
     share, bound = entropy_bytes(update)
 
     def rate(name: str) -> float:
-        return dense_gb / min(seconds[name][1:])
+        return dense_gb / min(seconds[name])
 
     def ratio(slow: str, fast: str) -> float:
-        return statistics.median(s / f for s, f in zip(seconds[slow][1:], seconds[fast][1:], strict=True))
+        return statistics.median(s / f for s, f in zip(seconds[slow], seconds[fast], strict=True))
 
     return Figures(
         changed=share,
@@ -286,7 +312,7 @@ def measure(update: Update, folder: Path, rounds: int) -> Figures:
         encode_vs_xor_zstd=ratio("xor_encode", "encode"),
         apply_vs_xor_zstd=ratio("xor_apply", "apply"),
         encode_all_vs_xor_zstd=ratio("xor_write", "write"),
-        size_vs_xor_zstd=sum(map(len, xor)) / size,
+        size_vs_xor_zstd=sum(map(len, bench.xor)) / size,
         encode_two_threads=ratio("one", "two"),
         publish_cpu_s=update.publish_cpu_s,
         extra_copies=update.extra_copies,

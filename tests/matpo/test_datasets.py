@@ -112,3 +112,9 @@ def test_facts_are_answered_by_their_objects() -> None:
 def test_hops_of_facts_are_refused() -> None:
     with pytest.raises(ValueError, match='no effect with ask = "facts"'):
         WorldData(ask="facts", hops=(1,))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    path = tmp_path / "windows.jsonl"
+    path.write_text(GOOD + "\n", encoding="utf-8-sig")
+    assert len(read_jsonl(path)) == 1

@@ -129,6 +129,12 @@ def test_a_file_that_is_not_toml_is_refused_with_the_place(tmp_path: Path) -> No
         load_config(file)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_settings(tmp_path: Path) -> None:
+    file = tmp_path / "windows.toml"
+    file.write_text(GOOD, encoding="utf-8-sig")
+    assert load_config(file).model.path == Path("models/quickstart")
+
+
 def test_a_file_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UserError, match=r"config file 'nowhere.toml' does not exist; the shipped ones are in configs/"):
         load_config(Path("nowhere.toml"))

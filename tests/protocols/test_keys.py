@@ -10,6 +10,7 @@ import pytest
 
 from protocols.channel import new_keys
 from protocols.keys import ActorKeys, BadKeys, HubKeys, allow, allowed
+from protocols.sockets import new_pair
 
 
 def test_new_keys_let_their_own_actor_in(tmp_path: Path) -> None:
@@ -74,3 +75,7 @@ def test_a_damaged_key_file_is_named(tmp_path: Path, load: Callable[[Path], obje
         (tmp_path / name).write_text(content)
     with pytest.raises(BadKeys, match="is damaged"):
         load(tmp_path)
+
+
+def test_a_public_key_can_be_written_on_a_command_line() -> None:
+    assert not [pair for pair in (new_pair() for _ in range(600)) if pair.public.startswith("-")]

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -68,11 +68,10 @@ class Worker:
         # To its end even when cancelled: half a start would leave a process that nobody knows of.
         with anyio.CancelScope(shield=True):
             worker = await cls._launch(sandbox)
-        try:
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(worker.close)
             await worker._ready()
-        except BaseException:
-            await worker.close()
-            raise
+            undo.pop_all()
         return worker
 
     @classmethod

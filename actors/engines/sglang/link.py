@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from pathlib import Path
 from subprocess import PIPE
 from typing import Final, Self
@@ -62,11 +63,10 @@ class Sender:
             except OSError as error:
                 raise SenderLost(f"{python} does not start: {error}") from error
         sender = cls(process, group)
-        try:
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(sender.kill)
             sender.port = (await sender.reply(deadline_s=deadline_s)).port
-        except BaseException:
-            await sender.kill()
-            raise
+            undo.pop_all()
         return sender
 
     async def command(self, content: Mapping[str, object]) -> None:
