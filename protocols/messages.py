@@ -245,7 +245,7 @@ class TrainerHello(Record):
     kind: Literal["trainer_hello"] = "trainer_hello"
     protocol: int
     step: Count
-    config_digest: str
+    config_digest: Name
 
 
 class TrainerWelcome(Record):
