@@ -94,7 +94,7 @@ class Setting:
             "learner.groups_per_step": self.groups_per_step,
             "learner.group_size": self.group_size,
             "learner.checkpoint_every_steps": 1000,
-            "learner.filter_zero_variance": "false",  # the same trees in every run
+            "learner.zero_variance": "keep",  # the same trees in every run
             "actor.count": self.actors,
             "actor.concurrency": self.concurrency,
             "tools.mcpServers.search.args": f"[{arguments}]",

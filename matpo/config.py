@@ -11,6 +11,8 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from matpo.attention_config import AttentionChoice, check_attention
 from matpo.collapse_config import Collapse as Collapse
+from matpo.credit.broadcast import Broadcast as Broadcast
+from matpo.credit.chosen import Credit as Credit
 from matpo.endpoint_config import Endpoint as Endpoint
 from matpo.engine_config import EmbeddedEngine as EmbeddedEngine
 from matpo.engine_config import Engine as Engine
@@ -219,9 +221,7 @@ class Learner(Section):
     groups_per_step: int = Field(default=16, ge=1)
     group_size: int = Field(default=8, ge=2)
     """G, episodes per task."""
-    credit: Literal["broadcast", "leave_one_out"] = "broadcast"
-    normalise_by_std: bool = True
-    """`broadcast` only: divide the advantage by the group's standard deviation."""
+    credit: Credit = Broadcast()
     weighting: Literal["tree", "token", "trajectory", "constant"] = "tree"
     constant_tokens: int = Field(default=1024, ge=1)
     """`constant` weighting (Dr. GRPO): every tree is divided by this many tokens."""
@@ -239,8 +239,9 @@ class Learner(Section):
     collapse: Collapse = Collapse()
     ess_guard: bool = False
     """Multiply the rate by sqrt(ESS), the effective share of samples (Σ R)² / (T Σ R²) (VCPO, arXiv 2602.17616)."""
-    filter_zero_variance: bool = False
-    """Leave groups whose rewards are all equal out of the step (they are counted, and others are admitted instead)."""
+    zero_variance: Literal["keep", "filter", "resample"] = "keep"
+    """Groups that teach nothing because all advantages are 0: `keep` them among the step's trees, `filter` them out, or
+    `resample`: the hub closes groups of equal rewards before the step and admits others (dynamic sampling)."""
     device: Device = "cpu"
     """`cpu` or `cuda`; of several ranks each takes a GPU of its own."""
     ranks: int = Field(default=1, ge=1)
@@ -259,6 +260,13 @@ class Learner(Section):
     """Compute layers twice instead of keeping what they computed; `auto`: for micro-batches that would not fit."""
     checkpoint_every_steps: int = Field(default=20, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+
+    @field_validator("credit", mode="before")
+    @classmethod
+    def _named_credit(cls, value: object) -> object:
+        """A name alone means its defaults; options alone are those of the default scheme."""
+        value = {"name": value} if isinstance(value, str) else value
+        return {"name": Broadcast().name, **value} if isinstance(value, dict) else value
 
     @field_validator("objective", mode="before")
     @classmethod

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import assert_never
 
 from matpo.config import Learner
-from matpo.credit.chosen import TreeAdvantages
+from matpo.credit.scheme import TreeAdvantages
 from protocols.records import INFRASTRUCTURE, EpisodeTree
 
 TreeWeights = tuple[float, ...]

@@ -19,7 +19,7 @@ _NEWEST: Final = """
 
 
 def audit_journal(journal: Journal) -> BiasAudit:
-    """Compare what was trained with what was played. Groups that `filter_zero_variance` removes are left out: their
+    """Compare what was trained with what was played. Groups that `learner.zero_variance` removes are left out: their
     difficulty is why the settings want them gone."""
     rows = journal.rows(_NEWEST, (ZERO_VARIANCE, WINDOW_TREES))
     rewards: dict[int, list[float]] = {}

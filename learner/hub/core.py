@@ -110,7 +110,7 @@ class Hub:
             group_size=config.learner.group_size,
             min_group=config.hub.min_group,
             max_attempts=config.hub.max_attempts,
-            filter_zero_variance=config.learner.filter_zero_variance,
+            filter_zero_variance=config.learner.zero_variance == "resample",
         )
         self.leases = Leases(journal, rules, lease_s=config.hub.lease_s, now_s=now_s)
         batch_rules = BatchRules(

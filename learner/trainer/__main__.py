@@ -25,6 +25,7 @@ from learner.trainer.shared_hub import SharedHub
 from learner.trainer.step import train_step
 from matpo.collapse import Vitals
 from matpo.config import Config
+from matpo.credit.scheme import NOTHING, Memory
 from matpo.errors import run_command
 from matpo.folder import RunFolder
 from matpo.launched import launched_ranks, own_rank, rank_name
@@ -86,6 +87,7 @@ def train(
     state = checkpoints.restore(policy, optimizer)
     saved = None if state is None else state.step
     step = saved or 0
+    memory: Memory = NOTHING if state is None else state.credit
     with SharedHub.open(folder, config, ranks, stopping) as hub:
         lineage = hub.hello(step=step, config_digest=config.shared_digest)
         hub.publish(policy.published, version=version_of(lineage=lineage, step=step))
@@ -98,8 +100,15 @@ def train(
             watch.lap("wait_s")
             current = version_of(lineage=lineage, step=step)
             taken = prepare(
-                read_trees(*answer), config, current=current, shape=policy.shape, device=policy.device, ranks=ranks
+                read_trees(*answer),
+                config,
+                current=current,
+                shape=policy.shape,
+                device=policy.device,
+                ranks=ranks,
+                memory=memory,
             )
+            memory = taken.memory
             watch.lap("intake_s")
             step += 1
             report = shared_step(training, taken, config, step, ranks)
@@ -109,7 +118,7 @@ def train(
             size = hub.publish(policy.published, version=version)
             watch.lap("publish_s")
             if step % learner.checkpoint_every_steps == 0 or step == config.run.steps:
-                checkpoints.save(policy, optimizer, step=step, lineage=lineage, model=config.model.path)
+                checkpoints.save(policy, optimizer, step=step, lineage=lineage, model=config.model.path, memory=memory)
                 saved = step
             watch.lap("checkpoint_s")
             vitals = guard.see(step, report, taken.report)
@@ -120,7 +129,7 @@ def train(
             if guard.raised:
                 break
         if saved != step and not guard.goes_back:
-            checkpoints.save(policy, optimizer, step=step, lineage=lineage, model=config.model.path)
+            checkpoints.save(policy, optimizer, step=step, lineage=lineage, model=config.model.path, memory=memory)
     log.info("trainer done", step=step, stopped=stopping.is_set())
     return guard.conclude(checkpoints)
 

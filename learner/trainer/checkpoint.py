@@ -18,7 +18,7 @@ import orjson
 import safetensors.torch
 import structlog
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 
 from learner.trainer.model import Policy
@@ -28,6 +28,7 @@ from learner.trainer.sharding import Whole, load
 from learner.trainer.tensor_file import TensorFile, write_tensors
 from matpo.adapters import CONFIG_FILE, TENSOR_FILE, only, peft_config, read_adapter
 from matpo.config import Lora
+from matpo.credit.scheme import NOTHING, Memory
 from matpo.errors import UserError
 from matpo.model_files import TOKENIZER_FILES
 from protocols.records import Record
@@ -51,6 +52,8 @@ class TrainerState(Record):
     """The lineage that wrote the checkpoint."""
     weights: str
     """Digest of the float32 weights (see `protocols.weights`)."""
+    credit: dict[str, float] = Field(default={})
+    """What the credit scheme remembers of the steps so far."""
 
 
 class _Manifest(Record):
@@ -78,8 +81,20 @@ class Checkpoints:
     keep: int
     ranks: Ranks = ALONE
 
-    def save(self, policy: Policy, optimizer: torch.optim.Optimizer, *, step: int, lineage: int, model: Path) -> None:
-        """Write `step-<step>` and remove all but the newest `keep`; the tokenizer is copied from the folder `model`."""
+    def save(
+        self,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        *,
+        step: int,
+        lineage: int,
+        model: Path,
+        memory: Memory = NOTHING,
+    ) -> None:
+        """Write `step-<step>` and remove all but the newest `keep`; the tokenizer is copied from the folder `model`.
+
+        `memory` is the credit scheme's.
+        """
         weights, moments = Whole(policy.parameters), Whole(_optimizer_tensors(policy, optimizer))
         if not self.ranks.first:
             weights.help()
@@ -101,7 +116,7 @@ class Checkpoints:
         for name in TOKENIZER_FILES:
             if (model / name).is_file():
                 shutil.copyfile(model / name, draft / name)
-        state = TrainerState(step=step, lineage=lineage, weights=digest)
+        state = TrainerState(step=step, lineage=lineage, weights=digest, credit=dict(memory))
         files = {path.name: file_digest(path) for path in sorted(draft.iterdir()) if path.is_file()}
         manifest = _Manifest(state=state, files=files)
         (draft / MANIFEST).write_bytes(orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2))

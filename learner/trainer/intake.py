@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from learner.trainer.costs import ModelShape
@@ -12,7 +13,8 @@ from learner.trainer.pack import MicroBatch, pack
 from learner.trainer.plan import Sample
 from learner.trainer.ranks import ALONE, Ranks
 from matpo.config import Config, Learner
-from matpo.credit.chosen import TreeAdvantages, advantages
+from matpo.credit.acts import spread
+from matpo.credit.scheme import NOTHING, GroupAdvantages, Memory, TreeAdvantages
 from matpo.diagnostics import RolePlay, role_plays
 from matpo.freshness import distance
 from matpo.weighting import TreeWeights, token_weights
@@ -25,6 +27,9 @@ NO_TOKENS = "nothing_to_train"
 UNKNOWN_ROLE = "unknown_role"
 UNKNOWN_TOKEN = "token_outside_vocabulary"
 SAMPLED_FIRST = "first_token_sampled"
+ZERO_VARIANCE = "zero_variance"
+FLAT = 1e-9
+"""Largest advantage that is taken for 0: rewards that are equal but for rounding."""
 
 
 class IntakeReport(Record):
@@ -44,6 +49,8 @@ class IntakeReport(Record):
     """Fraction of groups in which no answer scored."""
     all_pass_groups: float
     """Fraction of groups in which every answer scored fully."""
+    zero_variance_groups: int
+    """In which every advantage is 0."""
     staleness_mean: float
     """Optimizer steps between the weights about to be trained and the oldest that sampled the tree."""
     staleness_max: int
@@ -63,6 +70,8 @@ class StepInput:
     """Ids of the trees in the loss."""
     filtered: tuple[tuple[str, str], ...]
     """(tree id, reason) of the others."""
+    memory: Memory
+    """What the credit scheme carries on to the next step."""
     report: IntakeReport
 
 
@@ -93,8 +102,10 @@ def prepare(
     shape: ModelShape,
     device: torch.device,
     ranks: Ranks = ALONE,
+    memory: Memory = NOTHING,
 ) -> StepInput:
-    """Credit, weigh and pack the trees of one step; `current` is the version about to be trained.
+    """Credit, weigh and pack the trees of one step; `current` is the version about to be trained and `memory` what the
+    step before handed on.
 
     Of several ranks each is given all trees and gets its own micro-batches; the rest is the same for all. A tree no
     model of this vocabulary and these roles can have made is filtered with the reason, so that a broken actor cannot
@@ -104,12 +115,19 @@ def prepare(
     filtered = {name: reason for name, reason in defects if reason is not None}
     groups = group_trees([tree for tree in trees if tree.tree_id not in filtered])
     ordered = [tree for group in groups for tree in group.trees]
-    credited = [scores for group in groups for scores in advantages(group, config.learner)]
+    scheme = config.learner.credit
+    by_group = [scheme.credit(group, memory) for group in groups]
+    flat = [_is_flat(scores) for scores in by_group]
+    if config.learner.zero_variance != "keep":
+        for number in np.flatnonzero(flat):
+            filtered |= {tree.tree_id: ZERO_VARIANCE for tree in groups[number].trees}
+            by_group[number] = spread(groups[number], {})
+    credited = [scores for group in by_group for scores in group]
     weights = token_weights(ordered, credited, without_frozen_roles(config))
     samples: list[Sample] = []
     for tree, scores, weighed in zip(ordered, credited, weights, strict=True):
         if all(score is None for score in scores):
-            filtered[tree.tree_id] = UNSCORED
+            filtered.setdefault(tree.tree_id, UNSCORED)
         elif not any(weighed):
             filtered[tree.tree_id] = NO_TOKENS
         samples += _samples(tree, scores, weighed, config)
@@ -125,7 +143,8 @@ def prepare(
         samples=tuple(samples),
         trained=tuple(tree.tree_id for tree in ordered if tree.tree_id not in filtered),
         filtered=tuple(filtered.items()),
-        report=_report(groups, len(filtered), len(samples), current),
+        memory=scheme.remember(memory, groups),
+        report=_report(groups, len(filtered), len(samples), sum(flat), current),
     )
 
 
@@ -148,6 +167,12 @@ def without_frozen_roles(config: Config) -> Learner:
     return learner.model_copy(update={"role_factors": {**learner.role_factors, **factors}})
 
 
+def _is_flat(scores: GroupAdvantages) -> bool:
+    """Whether a group was scored and yet says of no trajectory that it was better or worse than another."""
+    found = [score for tree in scores for score in tree if score is not None]
+    return bool(found) and max(map(abs, found)) < FLAT
+
+
 def _samples(tree: EpisodeTree, scores: TreeAdvantages, weighed: TreeWeights, config: Config) -> list[Sample]:
     return [
         Sample(
@@ -166,7 +191,7 @@ def _samples(tree: EpisodeTree, scores: TreeAdvantages, weighed: TreeWeights, co
     ]
 
 
-def _report(groups: Sequence[EpisodeGroup], filtered: int, trajectories: int, current: int) -> IntakeReport:
+def _report(groups: Sequence[EpisodeGroup], filtered: int, trajectories: int, flat: int, current: int) -> IntakeReport:
     trees = [tree for group in groups for tree in group.trees]
     parts: dict[str, list[float]] = {}
     for tree in trees:
@@ -184,6 +209,7 @@ def _report(groups: Sequence[EpisodeGroup], filtered: int, trajectories: int, cu
         reward_parts={name: _mean(values) for name, values in sorted(parts.items()) if name != "total"},
         all_fail_groups=_mean([float(max(group) <= 0) for group in answers]),
         all_pass_groups=_mean([float(min(group) >= 1) for group in answers]),
+        zero_variance_groups=flat,
         staleness_mean=_mean([float(age) for age in ages]),
         staleness_max=max(ages, default=0),
         role_plays=role_plays(groups, current=current),

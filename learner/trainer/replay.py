@@ -22,6 +22,7 @@ from learner.trainer.publish import parameters_digest
 from learner.trainer.setup import Training
 from learner.trainer.step import train_step
 from matpo.collapse import read_rollbacks, rollbacks_before, slowed
+from matpo.credit.scheme import NOTHING, Memory
 from matpo.errors import UserError, run_command
 from matpo.folder import RunFolder
 from matpo.load import load_config
@@ -47,11 +48,14 @@ def trained_batches(journal: Journal, *, after: int = 0) -> Iterator[tuple[int, 
         yield integer(step), tuple(trees)
 
 
-def start(journal: Journal, archive: Path, checkpoints: Checkpoints, training: Training) -> int:
-    """The step to replay from: 0 while all episodes are there, else that of the oldest checkpoint, which is loaded."""
+def start(journal: Journal, archive: Path, checkpoints: Checkpoints, training: Training) -> tuple[int, Memory]:
+    """The step to replay from: 0 while all episodes are there, else that of the oldest checkpoint, which is loaded.
+
+    With it what the credit scheme remembered then.
+    """
     gone = read_settled(journal).upto_step
     if gone == 0 or (archive.is_file() and journal.row("SELECT 1 FROM batches WHERE step = 1") is not None):
-        return 0
+        return 0, NOTHING
     state = checkpoints.restore(training.policy, training.optimizer, oldest=True)
     if state is None or state.step < gone:
         raise UserError(
@@ -61,7 +65,7 @@ def start(journal: Journal, archive: Path, checkpoints: Checkpoints, training: T
     print(
         f"the episodes of steps 1 to {gone} were dropped (hub.keep_trained); from the checkpoint of step {state.step}"
     )
-    return state.step
+    return state.step, state.credit
 
 
 def replay(folder: RunFolder, overrides: Sequence[str]) -> int:
@@ -71,7 +75,7 @@ def replay(folder: RunFolder, overrides: Sequence[str]) -> int:
     saved = checkpoints.newest()
     training, rollbacks = Training.start(config), read_rollbacks(folder.rollbacks)
     with Journal.open_read_only(folder.journal, folder.archive) as journal, journal.snapshot():
-        first = start(journal, folder.archive, checkpoints, training)
+        first, memory = start(journal, folder.archive, checkpoints, training)
         last = first
         for step, trees in trained_batches(journal, after=first):
             if saved is not None and step > saved.step and not overrides:
@@ -82,7 +86,8 @@ def replay(folder: RunFolder, overrides: Sequence[str]) -> int:
             # The lineage numbers versions and changes no arithmetic.
             current = version_of(lineage=0, step=step - 1)
             policy = training.policy
-            taken = prepare(trees, config, current=current, shape=policy.shape, device=policy.device)
+            taken = prepare(trees, config, current=current, shape=policy.shape, device=policy.device, memory=memory)
+            memory = taken.memory
             report = train_step(
                 training.policy,
                 training.optimizer,

@@ -1,30 +1,40 @@
-"""The credit scheme the config names: a group of trees in, one advantage per trajectory out."""
+"""The credit schemes by name; a new one is a file beside this one and a line here."""
 
 from __future__ import annotations
 
-from typing import assert_never
+from typing import Annotated
 
-from matpo.config import Learner
-from matpo.credit.broadcast import broadcast
-from matpo.credit.leave_one_out import leave_one_out
-from protocols.records import EpisodeGroup
+from pydantic import Field
 
-TreeAdvantages = tuple[float | None, ...]
-"""One per trajectory of a tree; None means not scored (never 0) and keeps the trajectory out of the loss."""
+from matpo.credit.agent_turn import AgentTurn
+from matpo.credit.broadcast import Broadcast
+from matpo.credit.counterfactual import Counterfactual
+from matpo.credit.difference import Difference
+from matpo.credit.hierarchical import Hierarchical
+from matpo.credit.leave_one_out import LeaveOneOut
+from matpo.credit.look_ahead import LookAhead
+from matpo.credit.magrpo import Magrpo
+from matpo.credit.multiplier import Multiplier
+from matpo.credit.node_local import NodeLocal
+from matpo.credit.orchestrator_only import OrchestratorOnly
+from matpo.credit.role_baseline import RoleBaseline
+from matpo.credit.role_group import RoleGroup
+from matpo.credit.tree_backup import TreeBackup
 
-
-def advantages(group: EpisodeGroup, learner: Learner) -> tuple[TreeAdvantages, ...]:
-    """Advantage of every trajectory of every tree of one task.
-
-    Both shipped schemes score the tree and give that one number, not a per-token tensor, to each of its trajectories;
-    each trajectory's own `sampled` says which tokens it reaches.
-    """
-    rewards = tuple(tree.reward for tree in group.trees)
-    match learner.credit:
-        case "broadcast":
-            scalars = broadcast(rewards, normalise_by_std=learner.normalise_by_std)
-        case "leave_one_out":
-            scalars = leave_one_out(rewards)
-        case _:
-            assert_never(learner.credit)
-    return tuple((scalar,) * len(tree.trajectories) for scalar, tree in zip(scalars, group.trees, strict=True))
+Credit = Annotated[
+    Broadcast
+    | LeaveOneOut
+    | RoleGroup
+    | RoleBaseline
+    | OrchestratorOnly
+    | Hierarchical
+    | NodeLocal
+    | Multiplier
+    | TreeBackup
+    | Counterfactual
+    | Magrpo
+    | AgentTurn
+    | Difference
+    | LookAhead,
+    Field(discriminator="name"),
+]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Literal
+
+from matpo.credit.acts import same_for_all
+from matpo.credit.baselines import compared
+from matpo.credit.scheme import GroupAdvantages, Memory, Scheme
+from protocols.records import EpisodeGroup
 
 
-def leave_one_out(rewards: tuple[float | None, ...]) -> tuple[float | None, ...]:
-    """A_i = r_i - mean of the other scored rewards; None for trees without a reward, or without another one."""
-    scored = np.array([r for r in rewards if r is not None], np.float64)
-    if len(scored) < 2:
-        return (None,) * len(rewards)
-    total, others = float(scored.sum()), len(scored) - 1
-    return tuple(None if r is None else r - (total - r) / others for r in rewards)
+class LeaveOneOut(Scheme):
+    """A_i = r_i - mean of the other scored rewards of the task, for every agent of the tree (arXiv 2402.14740)."""
+
+    name: Literal["leave_one_out"] = "leave_one_out"
+
+    def credit(self, group: EpisodeGroup, memory: Memory) -> GroupAdvantages:
+        rewards = [tree.reward for tree in group.trees]
+        return same_for_all(group, compared(rewards, baseline="others", normalise_by_std=False))

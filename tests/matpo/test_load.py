@@ -62,7 +62,7 @@ def test_a_resolved_config_loads_back_unchanged(good: Path, tmp_path: Path) -> N
         ("episode.roles.planner.sistem=x", "did you mean 'system'?"),
         ("learner.lr=-1", "learner.lr = -1: must be greater than 0"),
         ("learner.lr=fast", "learner.lr = 'fast': must be a valid number"),
-        ("learner.credit=magic", "learner.credit = 'magic': must be 'broadcast' or 'leave_one_out'"),
+        ("learner.credit=magic", "learner.credit.name = 'magic' is unknown; known here: agent_turn, broadcast,"),
         ("learner.weighting=all", "'tree', 'token', 'trajectory' or 'constant'"),
         ("learner.objective.name=ppo", "learner.objective.name = 'ppo' is unknown; known here: cispo, clip,"),
         ("hub.min_group=9", "hub.min_group (9) must be at most learner.group_size (8)"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from protocols.records import EpisodeGroup, EpisodeTree, Status, Task, Trajectory, Turn, WeightStamp
+from protocols.records import EpisodeGroup, EpisodeTree, Joint, Status, Task, Trajectory, Turn, WeightStamp
 
 TASK = Task.make("Where was Ada born?", ("London",))
 OTHER = Task.make("Where was Alan born?", ("London",))
@@ -20,8 +21,10 @@ def trajectory(
     status: Status = "done",
     seed: int = 0,
 ) -> Trajectory:
-    """One token per letter of `sampled`: `x` was sampled by version 0 with probability e^-1, `.` was not."""
+    """One token per letter of `sampled`: `x` was sampled by version 0 with probability e^-1, `.` was not. Equal letters
+    in a row are a turn."""
     flags = np.array([letter == "x" for letter in sampled])
+    spans = [(match.start(), match.end()) for match in re.finditer(r"x+|\.+", sampled)]
     chosen = int(flags.sum())
     return Trajectory(
         role=role,
@@ -30,7 +33,7 @@ def trajectory(
         sampled=flags,
         logprobs=np.full(chosen, -1.0, np.float32),
         versions=np.zeros(chosen, np.int32),
-        turns=(Turn(kind="prompt", start=0, stop=len(sampled)),),
+        turns=tuple(Turn(kind="sampled" if flags[at] else "prompt", start=at, stop=stop) for at, stop in spans),
         status=status,
     )
 
@@ -42,6 +45,8 @@ def tree(
     group: str = "g0",
     task: Task = TASK,
     episode: int = 0,
+    earned: tuple[float | None, ...] = (),
+    joints: tuple[Joint, ...] = (),
 ) -> EpisodeTree:
     """A tree of these trajectories (a lone planner with one sampled token if none are given)."""
     return EpisodeTree(
@@ -57,6 +62,8 @@ def tree(
         tool_spans=(),
         started_at=0.0,
         seconds=1.0,
+        earned=earned,
+        joints=joints,
     )
 
 

@@ -124,7 +124,7 @@ def test_stale_trees_are_filtered_and_counted(tmp_path: Path) -> None:
 
 
 def test_groups_without_variance_are_filtered_at_once_if_so_configured(tmp_path: Path) -> None:
-    with bench(tmp_path, make_config(learner={"filter_zero_variance": True})) as at:
+    with bench(tmp_path, make_config(learner={"zero_variance": "resample"})) as at:
         at.start()
         (lease,) = at.ask(2)
         at.play(lease, rewards=(1.0, 1.0))

@@ -22,7 +22,7 @@ from learner.trainer.plan import Sample
 from learner.trainer.ranks import ALONE
 from learner.trainer.step import Fixed, accumulate
 from matpo.config import Config, Dppo, Learner, Objective, Tis
-from matpo.credit.chosen import advantages
+from matpo.credit.scheme import NOTHING
 from matpo.weighting import token_weights
 from protocols.records import EpisodeTree, Trajectory
 from tests.learner.trainer.models import VOCABULARY, Family, reference_gradient, sample, tiny_model
@@ -104,7 +104,7 @@ def episodes(draw: st.DrawFn) -> list[EpisodeTree]:
 
 def samples_of(trees: Sequence[EpisodeTree], learner: Learner) -> list[Sample]:
     """What the loss is over, by the algorithm alone."""
-    scores = advantages(group_of(trees), learner)
+    scores = learner.credit.credit(group_of(trees), NOTHING)
     weights = token_weights(trees, scores, learner)
     return [
         Sample(one.role, one.tokens, one.sampled, one.logprobs, advantage=score, weight=weight, temperature=1.0)

@@ -157,7 +157,7 @@ def good_and_bad() -> list[EpisodeTree]:
 
 def test_intake_gives_each_trajectory_its_trees_advantage_its_weight_and_its_roles_temperature() -> None:
     (batch,) = prepare(
-        good_and_bad(), config_with(normalise_by_std=False), current=3, shape=SHAPE, device=CPU
+        good_and_bad(), config_with(credit={"normalise_by_std": False}), current=3, shape=SHAPE, device=CPU
     ).micro_batches
     first = batch.advantage_T > 0
     assert batch.advantage_T[first].tolist() == [0.5, 0.5, 0.5]
@@ -177,7 +177,7 @@ def test_every_sampled_token_of_two_workers_is_trained_wherever_the_planner_samp
         trajectory(".....x.x", role="worker", parent=(0, 0)),
         name="good",
     )
-    config = config_with(normalise_by_std=False)
+    config = config_with(credit={"normalise_by_std": False})
     bad = tree(0.0, trajectory(".x"), name="bad", episode=1)
     (batch,) = prepare([good, bad], config, current=0, shape=SHAPE, device=CPU).micro_batches
     worker = batch.role_T == batch.roles.index("worker")
