@@ -13,6 +13,7 @@ import orjson
 
 from matpo.cli.keys import add_keys_commands
 from matpo.cli.run import run
+from matpo.cli.sim import simulate
 from matpo.errors import UserError, run_command
 from matpo.load import load_config
 
@@ -42,6 +43,8 @@ def dispatch(arguments: Sequence[str]) -> int:
             text = orjson.dumps(config.model_dump(mode="json"), option=orjson.OPT_INDENT_2).decode()
             sys.stdout.write(text + "\n")
             return 0
+        case "sim":
+            return simulate(policies=parsed.policies, seed=parsed.seed)
         case "keys":
             return int(parsed.act(parsed))
         case command:
@@ -72,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("config", help="print the resolved settings, or say what is wrong with them")
     command.add_argument("config", type=Path)
     command.add_argument("override", nargs="*", default=[])
+
+    command = commands.add_parser("sim", help="bias and noise of every credit scheme's gradient on small exact games")
+    command.add_argument("--policies", type=int, default=8, metavar="N", help="random policies to average over")
+    command.add_argument("--seed", type=int, default=0)
 
     add_keys_commands(commands.add_parser("keys", help="make and show the keys of encrypted links"))
 

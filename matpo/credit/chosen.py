@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final, get_args
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ from matpo.credit.node_local import NodeLocal
 from matpo.credit.orchestrator_only import OrchestratorOnly
 from matpo.credit.role_baseline import RoleBaseline
 from matpo.credit.role_group import RoleGroup
+from matpo.credit.scheme import Scheme
 from matpo.credit.tree_backup import TreeBackup
 
 Credit = Annotated[
@@ -38,3 +39,6 @@ Credit = Annotated[
     | LookAhead,
     Field(discriminator="name"),
 ]
+
+SCHEMES: Final[tuple[type[Scheme], ...]] = get_args(get_args(Credit)[0])
+"""In the order in which tables list them."""

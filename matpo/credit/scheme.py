@@ -26,10 +26,18 @@ NOTHING: Final[Memory] = {}
 class Scheme(Section):
     """Base of the credit schemes. Each is a file of its own with its options, its needs and its formula."""
 
+    name: str
     needs: ClassVar[frozenset[Evidence]] = frozenset()
     """Evidence without which the scheme could score nothing, or nothing beyond what a simpler one scores."""
     judges: ClassVar[Literal["trees", "acts"]] = "trees"
     """`trees`: equal totals of a group mean that all its advantages are 0."""
+
+    @property
+    def title(self) -> str:
+        """Its name and the options that differ from their defaults."""
+        return " ".join(
+            [self.name, *(f"{key}={value}" for key, value in self.model_dump(exclude_defaults=True).items())]
+        )
 
     def credit(self, group: EpisodeGroup, memory: Memory) -> GroupAdvantages:
         """Advantage of every trajectory of every tree of one task. Changes nothing."""

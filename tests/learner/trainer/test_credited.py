@@ -12,7 +12,8 @@ import torch
 from learner.trainer.costs import ModelShape
 from learner.trainer.intake import ZERO_VARIANCE, StepInput, prepare
 from matpo.config import Clip
-from matpo.objective import token_loss
+from matpo.objective.chosen import token_loss
+from matpo.objective.tokens import Tokens
 from protocols.records import EpisodeTree, Joint, Trajectory
 from tests.learner.trainer.test_exactness import CPU
 from tests.learner.trainer.test_step import config_with
@@ -33,13 +34,8 @@ def with_ratios(played: Trajectory, *ratios: float) -> Trajectory:
 def clip_objective(trees: list[EpisodeTree]) -> float:
     """The paper's objective of what the trainer makes of these trees, π being e^-1 everywhere."""
     (batch,) = prepared(trees, credit="broadcast", weighting="tree").micro_batches
-    loss_T = token_loss(
-        Clip(),
-        torch.full_like(batch.behaviour_T, -1.0),
-        old_logp_T=None,
-        behaviour_T=batch.behaviour_T,
-        advantage_T=batch.advantage_T,
-    ).loss_T
+    tokens = Tokens(torch.full_like(batch.behaviour_T, -1.0), batch.behaviour_T, batch.advantage_T)
+    loss_T = token_loss(Clip(), tokens).loss_T
     return -float((batch.weight_T.double() * loss_T.double()).sum())
 
 
