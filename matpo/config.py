@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from matpo.attention_config import AttentionChoice, check_attention
 from matpo.collapse_config import Collapse as Collapse
+from matpo.combinations import misfit, refusal, shown
 from matpo.credit.broadcast import Broadcast as Broadcast
 from matpo.credit.chosen import Credit as Credit
 from matpo.endpoint_config import Endpoint as Endpoint
@@ -261,13 +262,6 @@ class Learner(Section):
     checkpoint_every_steps: int = Field(default=20, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
 
-    @field_validator("credit", mode="before")
-    @classmethod
-    def _named_credit(cls, value: object) -> object:
-        """A name alone means its defaults; options alone are those of the default scheme."""
-        value = {"name": value} if isinstance(value, str) else value
-        return {"name": Broadcast().name, **value} if isinstance(value, dict) else value
-
     @field_validator("objective", mode="before")
     @classmethod
     def _default_objective(cls, value: object) -> object:
@@ -352,6 +346,17 @@ class Config(Section):
         frozen = {role for role, kind in given.items() if kind == "frozen"}
         if both := sorted(frozen & set(self.learner.role_factors)):
             raise ValueError(f"learner.role_factors of {both} have no effect: model.lora.roles freezes them")
+        return self
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Config:
+        episode, learner = self.episode, self.learner
+        delegates = {name: role.delegates for name, role in episode.roles.items()}
+        shows = shown(episode.workflow, episode.root, delegates, workers_earn=self.rewards.workers != "none")
+        reason = refusal(episode.workflow.kind, shows, learner.credit, learner.objective)
+        reason = reason or misfit(learner.credit, tuple(delegates), learner.zero_variance)
+        if reason is not None:
+            raise ValueError(reason)
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -88,6 +89,7 @@ def train(
     saved = None if state is None else state.step
     step = saved or 0
     memory: Memory = NOTHING if state is None else state.credit
+    take = partial(prepare, config=config, shape=policy.shape, device=policy.device, ranks=ranks)
     with SharedHub.open(folder, config, ranks, stopping) as hub:
         lineage = hub.hello(step=step, config_digest=config.shared_digest)
         hub.publish(policy.published, version=version_of(lineage=lineage, step=step))
@@ -99,15 +101,7 @@ def train(
                 break
             watch.lap("wait_s")
             current = version_of(lineage=lineage, step=step)
-            taken = prepare(
-                read_trees(*answer),
-                config,
-                current=current,
-                shape=policy.shape,
-                device=policy.device,
-                ranks=ranks,
-                memory=memory,
-            )
+            taken = take(read_trees(*answer), current=current, memory=memory)
             memory = taken.memory
             watch.lap("intake_s")
             step += 1

@@ -12,6 +12,7 @@ from pathlib import Path
 import orjson
 
 from matpo.cli.keys import add_keys_commands
+from matpo.cli.matrix import print_matrix
 from matpo.cli.run import run
 from matpo.cli.sim import simulate
 from matpo.errors import UserError, run_command
@@ -38,6 +39,10 @@ def dispatch(arguments: Sequence[str]) -> int:
     match parsed.command:
         case "run":
             return run(parsed.config, [*parsed.override, *rest], resume=parsed.resume, dry_run=parsed.dry_run)
+        case "config" if parsed.matrix:
+            return print_matrix()
+        case "config" if parsed.config is None:
+            raise UserError("`matpo config` needs a file, for example configs/quickstart.toml, or --matrix")
         case "config":
             config = load_config(parsed.config, [*parsed.override, *rest])
             text = orjson.dumps(config.model_dump(mode="json"), option=orjson.OPT_INDENT_2).decode()
@@ -73,8 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command = commands.add_parser("config", help="print the resolved settings, or say what is wrong with them")
-    command.add_argument("config", type=Path)
+    command.add_argument("config", type=Path, nargs="?")
     command.add_argument("override", nargs="*", default=[])
+    command.add_argument(
+        "--matrix", action="store_true", help="which topology, credit scheme and objective go together, and why not"
+    )
 
     command = commands.add_parser("sim", help="bias and noise of every credit scheme's gradient on small exact games")
     command.add_argument("--policies", type=int, default=8, metavar="N", help="random policies to average over")

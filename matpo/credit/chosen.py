@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final, get_args
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from matpo.credit.agent_turn import AgentTurn
 from matpo.credit.broadcast import Broadcast
@@ -22,6 +22,13 @@ from matpo.credit.role_group import RoleGroup
 from matpo.credit.scheme import Scheme
 from matpo.credit.tree_backup import TreeBackup
 
+
+def _named(value: object) -> object:
+    """A name alone means its defaults; options alone are those of the default scheme."""
+    value = {"name": value} if isinstance(value, str) else value
+    return {"name": Broadcast().name, **value} if isinstance(value, dict) else value
+
+
 Credit = Annotated[
     Broadcast
     | LeaveOneOut
@@ -38,6 +45,7 @@ Credit = Annotated[
     | Difference
     | LookAhead,
     Field(discriminator="name"),
+    BeforeValidator(_named),
 ]
 
 SCHEMES: Final[tuple[type[Scheme], ...]] = get_args(get_args(Credit)[0])

@@ -32,6 +32,11 @@ class Magrpo(Scheme):
     normalise_by_std: bool = False
     """Not in the paper; on by default in CoMLRL 1.4.3."""
 
+    @property
+    def one_sided(self) -> bool:
+        """Nothing is better than the best."""
+        return self.baseline == "max"
+
     def credit(self, group: EpisodeGroup, memory: Memory) -> GroupAdvantages:
         values = [through_joints(tree, joint_returns(tree, self.discount), several=self.cross) for tree in group.trees]
         scores: dict[Act, float | None] = {}

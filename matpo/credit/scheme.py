@@ -33,6 +33,11 @@ class Scheme(Section):
     """`trees`: equal totals of a group mean that all its advantages are 0."""
 
     @property
+    def one_sided(self) -> bool:
+        """Whether no advantage is ever above 0."""
+        return False
+
+    @property
     def title(self) -> str:
         """Its name and the options that differ from their defaults."""
         return " ".join(
