@@ -11,7 +11,7 @@ import torch
 
 from learner.trainer.costs import ModelShape
 from learner.trainer.intake import ZERO_VARIANCE, StepInput, prepare
-from matpo.config import Clip
+from matpo.config import Clip, Learner
 from matpo.objective.chosen import token_loss
 from matpo.objective.tokens import Tokens
 from protocols.records import EpisodeTree, Joint, Trajectory
@@ -23,7 +23,9 @@ SHAPE = ModelShape(body_parameters=1, layers=1, attention_width=1, hidden=1, voc
 
 
 def prepared(trees: list[EpisodeTree], **learner: object) -> StepInput:
-    return prepare(trees, config_with(**learner), current=0, shape=SHAPE, device=CPU)
+    """What a step is given, whatever topology the trees are of."""
+    config = config_with().model_copy(update={"learner": Learner.model_validate(learner)})
+    return prepare(trees, config, current=0, shape=SHAPE, device=CPU)
 
 
 def with_ratios(played: Trajectory, *ratios: float) -> Trajectory:
