@@ -262,12 +262,6 @@ class Learner(Section):
     checkpoint_every_steps: int = Field(default=20, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
 
-    @field_validator("objective", mode="before")
-    @classmethod
-    def _default_objective(cls, value: object) -> object:
-        """Options of the default objective may be given without its name."""
-        return {"name": Dppo().name, **value} if isinstance(value, dict) else value
-
     @model_validator(mode="after")
     def _attention_runs(self) -> Learner:
         check_attention(self.attention, device=self.device, dtype=self.dtype)

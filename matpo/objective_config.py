@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from matpo.section import Section
 
@@ -144,6 +144,13 @@ class Reinforce(Terms):
     name: Literal["reinforce"] = "reinforce"
 
 
+def _named(value: object) -> object:
+    """Options of the default objective may be given without its name."""
+    return {"name": Dppo().name, **value} if isinstance(value, dict) else value
+
+
 Objective = Annotated[
-    Dppo | Clip | Decoupled | Tis | IcePop | Cispo | Gspo | Topr | M2po | Reinforce, Field(discriminator="name")
+    Dppo | Clip | Decoupled | Tis | IcePop | Cispo | Gspo | Topr | M2po | Reinforce,
+    Field(discriminator="name"),
+    BeforeValidator(_named),
 ]
