@@ -39,8 +39,8 @@ variance of every scheme's estimate of it from one group of episodes, are exact.
 of the exact gradient, and medians over {policies} random policies (seed {seed}). For each role and round the mean
 estimate is first scaled to the exact length: how far they move is a matter of learning rates and loss weights.
 
-bias   0: points where the gradient does; 1: leaves it out; 2: points the other way
-noise  standard deviation of the estimate from one group; n groups make it noise / sqrt(n)
+- bias 0: points where the gradient does; 1: leaves it out; 2: points the other way
+- noise: standard deviation of the estimate from one group; n groups make it noise / sqrt(n)
 """
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from learner.trainer.checkpoint import Checkpoints
 from learner.trainer.costs import ModelShape
 from learner.trainer.intake import ZERO_VARIANCE, StepInput, prepare
+from learner.trainer.model import Policy
+from learner.trainer.step import make_optimizer
 from matpo.config import Clip, Learner
 from matpo.objective.chosen import token_loss
 from matpo.objective.tokens import Tokens
 from protocols.records import EpisodeTree, Joint, Trajectory
+from tests.learner.trainer.models import tiny_model
 from tests.learner.trainer.test_exactness import CPU
 from tests.learner.trainer.test_step import config_with
 from tests.matpo.trees import trajectory, tree
@@ -129,3 +134,13 @@ def test_what_a_scheme_remembers_goes_from_step_to_step() -> None:
     assert first.memory == {"planner": 0.5}  # 0 and then 1
     second = prepare(trees, config, current=1, shape=SHAPE, device=CPU, memory=first.memory)
     assert sorted(sample.advantage for sample in second.samples) == [-0.5, 0.5]
+
+
+def test_what_a_scheme_remembers_is_in_the_checkpoint(tmp_path: Path) -> None:
+    policy = Policy.of(tiny_model("qwen3"), Learner())
+    optimizer = make_optimizer(policy, Learner())
+    kept = Checkpoints(tmp_path / "checkpoints", keep=1)
+    kept.save(policy, optimizer, step=3, lineage=0, model=tmp_path, memory={"planner": 0.25})
+    state = kept.restore(policy, optimizer)
+    assert state is not None
+    assert (state.step, state.credit) == (3, {"planner": 0.25})
