@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Final
 
 import anyio
+import anyio.to_thread
 
 EVERY_S: Final = 60.0
 
 
 def trimmer() -> Callable[[int], int] | None:
-    """glibc's `malloc_trim`, which takes about 2 ms; None with another C library."""
+    """glibc's `malloc_trim`; None with another C library."""
     try:
         trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError):
@@ -25,4 +26,4 @@ async def keep_small() -> None:
     trim = trimmer()
     while trim is not None:
         await anyio.sleep(EVERY_S)
-        trim(0)
+        await anyio.to_thread.run_sync(trim, 0)
