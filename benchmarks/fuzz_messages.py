@@ -60,9 +60,10 @@ PLAUSIBLE: Sequence[JsonValue] = (
 
 
 def make_tree(lease: Lease, episode: int, *, digest: str) -> EpisodeTree:
-    """A planner and a worker it asked, with tool calls, of version 0."""
+    """A planner, a worker it asked, with tool calls, and one that this asked in turn, of version 0."""
     planner = _trajectory("planner", None, [("prompt", 9), ("sampled", 14), ("worker_report", 6), ("sampled", 5)])
     worker = _trajectory("worker", (0, 1), [("prompt", 9), ("sampled", 7), ("tool_result", 20), ("sampled", 8)])
+    helper = _trajectory("worker", (1, 3), [("prompt", 9), ("sampled", 12)])
     return EpisodeTree(
         tree_id=f"{episode:032x}",
         group_id=lease.group_id,
@@ -70,7 +71,7 @@ def make_tree(lease: Lease, episode: int, *, digest: str) -> EpisodeTree:
         episode=episode,
         actor_id="actor-0",
         task=lease.task,
-        trajectories=(planner, worker),
+        trajectories=(planner, worker, helper),
         rewards={"total": 1.0, "answer": 1.0, "format": None},
         weights=(WeightStamp(version=0, digest=digest),),
         tool_spans=(
