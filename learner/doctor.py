@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -140,12 +140,15 @@ def last_lines(folder: RunFolder) -> tuple[LastStatus | None, Collection[ActorFi
         with folder.metrics.open("rb") as file:
             file.seek(size - TAIL_BYTES)
             start = size - TAIL_BYTES + len(file.readline())
-    for _, line in read_metrics(folder.metrics, offset=start):
-        if line["stage"] == "hub":
-            found = LastStatus.model_validate(line)
-        elif line["stage"] == "actor":
-            figures = ActorFigures.model_validate({k: v for k, v in line.items() if k not in ("time", "stage")})
-            actors[figures.actor_id] = figures
+    try:
+        for _, line in read_metrics(folder.metrics, offset=start):
+            if line["stage"] == "hub":
+                found = LastStatus.model_validate(line)
+            elif line["stage"] == "actor":
+                figures = ActorFigures.model_validate({k: v for k, v in line.items() if k not in ("time", "stage")})
+                actors[figures.actor_id] = figures
+    except ValidationError as error:
+        raise UserError(f"{folder.metrics} was written by another version of matpo; use that one") from error
     return found, actors.values()
 
 

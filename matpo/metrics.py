@@ -43,7 +43,7 @@ class MetricsFile:
 
 def read_metrics(path: Path, *, offset: int = 0) -> Iterator[tuple[int, dict[str, JsonValue]]]:
     """Yield (offset after the line, line) for every complete line from `offset` on; a half-written last line waits, and
-    one that was torn by a full disk is passed over."""
+    one that was torn by a full disk, or is none of ours, is passed over."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -53,6 +53,8 @@ def read_metrics(path: Path, *, offset: int = 0) -> Iterator[tuple[int, dict[str
                 return
             offset += len(line)
             try:
-                yield offset, orjson.loads(line)
+                content: JsonValue = orjson.loads(line)
             except orjson.JSONDecodeError:
                 continue
+            if isinstance(content, dict) and "stage" in content:
+                yield offset, content

@@ -59,6 +59,8 @@ def run(config_path: Path, overrides: Sequence[str], *, resume: Path | None, dry
 def check(config: Config) -> None:
     """Find what is wrong before any process starts: model files, datasets, the address to listen on and its keys."""
     require_model_files(config.model)
+    if config.tools.file is not None and not config.tools.file.is_file():
+        raise UserError(f"tools.file {str(config.tools.file)!r} is no file; give the path of an mcpServers JSON file")
     for dataset in (config.data.train, config.data.evaluation):
         load_tasks(dataset, seed=config.run.seed)
     try:

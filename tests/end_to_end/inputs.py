@@ -22,6 +22,7 @@ import learner.__main__
 import learner.doctor
 import learner.trainer.replay
 import matpo.cli.main
+from learner.hub.journal import Journal
 from matpo.errors import run_command
 from matpo.folder import RunFolder
 from matpo.load import load_config
@@ -152,7 +153,7 @@ def _write_models(folder: Path) -> None:
 def _write_runs(folder: Path) -> None:
     (folder / "empty_run").mkdir()
     config = load_config(QUICKSTART)
-    for name in ("run", "damaged_run", "foreign_run", "begun_run", "broken_run", "damaged_hub"):
+    for name in ("run", "damaged_run", "foreign_run", "begun_run", "broken_run", "damaged_hub", "old_run"):
         (folder / name).mkdir()
         RunFolder(folder / name).write_config(config)
     (folder / "damaged_run" / "journal.sqlite").write_bytes(b"no database at all, but long enough to be one" * 100)
@@ -162,6 +163,8 @@ def _write_runs(folder: Path) -> None:
     (folder / "begun_run" / "config.json").write_text('{"tools": {"mcpServers": {}}}')
     (folder / "broken_run" / "config.json").write_text('{"run": ')
     (folder / "damaged_hub" / "hub.json").write_text("{")
+    with Journal.open(folder / "old_run" / "journal.sqlite"):
+        (folder / "old_run" / "metrics.jsonl").write_text('[1]\n{"stage": "hub", "time": 1}\n')
     (folder / "a_file").write_text("")
 
 
