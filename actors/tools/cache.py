@@ -75,18 +75,25 @@ class CallCache:
         return None if row is None else Listing(_TOOLS.validate_json(row[0]), row[1])
 
     def find(self, key: bytes) -> str | None:
-        """The recorded text of a call."""
-        row = self._database.execute("SELECT text FROM calls WHERE key = ?", (key,)).fetchone()
+        """The recorded text of a call; None too, and a line in the log, where the file cannot be read."""
+        try:
+            row = self._database.execute("SELECT text FROM calls WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            _log.warning("recorded calls cannot be read", reason=str(error))
+            return None
         return None if row is None else str(row[0])
 
     def keep(self, key: bytes, facts: tuple[str, str, str, str, str], text: str, seconds: float) -> None:
         """Record a call: (server, tool, schema, corpus, arguments), what it answered and how long that took.
 
-        Where two actors record the same call, the first stays.
+        Where two actors record the same call, the first stays. One that cannot be recorded is a line in the log.
         """
-        self._database.execute(
-            "INSERT OR IGNORE INTO calls VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (key, *facts, text, seconds)
-        )
+        try:
+            self._database.execute(
+                "INSERT OR IGNORE INTO calls VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (key, *facts, text, seconds)
+            )
+        except sqlite3.Error as error:
+            _log.warning("a call could not be recorded", reason=str(error))
 
 
 class RecordedTool:
@@ -106,28 +113,15 @@ class RecordedTool:
         key = hashlib.sha256(orjson.dumps(facts)).digest()
 
         async def found_or_asked() -> Answer:
-            if (text := self._found(key)) is not None:
+            if (text := self._cache.find(key)) is not None:
                 return Answer(text, "ok", recorded=True)
             began = anyio.current_time()
             answer = await ask()
             if answer.outcome == "ok":
-                self._keep(key, facts, answer.text, anyio.current_time() - began)
+                self._cache.keep(key, facts, answer.text, anyio.current_time() - began)
             return answer
 
         return await self._flights.once(key, found_or_asked)
-
-    def _found(self, key: bytes) -> str | None:
-        try:
-            return self._cache.find(key)
-        except sqlite3.Error as error:
-            _log.warning("recorded calls cannot be read", reason=str(error))
-            return None
-
-    def _keep(self, key: bytes, facts: tuple[str, str, str, str, str], text: str, seconds: float) -> None:
-        try:
-            self._cache.keep(key, facts, text, seconds)
-        except sqlite3.Error as error:
-            _log.warning("a call could not be recorded", reason=str(error))
 
 
 def _opened(path: Path, option: str) -> sqlite3.Connection:
