@@ -28,6 +28,7 @@ from matpo.errors import UserError, run_command
 from matpo.load import load_config
 from matpo.logs import configure_logs
 from matpo.model_files import model_folder, require_model_files
+from matpo.rewards.code import require_tests
 from protocols.records import EpisodeTree, Task
 from protocols.weights import Weights
 
@@ -169,6 +170,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--repeats {given.repeats} must be at least 1")
     require_model_files(config.model)
     tasks = load_tasks(config.data.evaluation, seed=config.run.seed)[: config.evaluation.questions]
+    require_tests(tasks, config.rewards)
     if not tasks:
         raise UserError(f"there is nothing to play: evaluation.questions = {config.evaluation.questions}")
     weights = chosen_weights(config.model, given.adapter)

@@ -34,6 +34,7 @@ from matpo.logs import configure_logs
 from matpo.metrics import MetricsFile
 from matpo.model_files import tokenizer_digest
 from matpo.owner import Owner, add_owned
+from matpo.rewards.code import require_tests
 from protocols.channel import CannotListen, ChannelError, HubSocket, Limits
 from protocols.keys import BadKeys, HubKeys
 
@@ -80,6 +81,7 @@ async def serve(config: Config, folder: RunFolder, owner: Owner) -> int:
     """Open everything, serve the run, and write its summary when it is complete."""
     train = load_tasks(config.data.train, seed=config.run.seed)
     evaluation = load_tasks(config.data.evaluation, seed=config.run.seed)
+    require_tests([*train, *evaluation], config.rewards)
     with only_writer(folder.journal), Journal.open(folder.journal) as journal:
         hub = Hub(
             config,

@@ -22,6 +22,7 @@ from matpo.folder import RunFolder
 from matpo.load import load_config
 from matpo.logs import configure_logs
 from matpo.model_files import require_model_files
+from matpo.rewards.code import require_tests
 from protocols.keys import BadKeys, HubKeys
 from protocols.refusals import ChannelError, check_listen
 
@@ -62,7 +63,7 @@ def check(config: Config) -> None:
     if config.tools.file is not None and not config.tools.file.is_file():
         raise UserError(f"tools.file {str(config.tools.file)!r} is no file; give the path of an mcpServers JSON file")
     for dataset in (config.data.train, config.data.evaluation):
-        load_tasks(dataset, seed=config.run.seed)
+        require_tests(load_tasks(dataset, seed=config.run.seed), config.rewards)
     try:
         check_listen(config.hub.listen, None if config.hub.key_dir is None else HubKeys.load(config.hub.key_dir))
     except (ChannelError, BadKeys) as error:

@@ -14,7 +14,9 @@ from typing import Final, Protocol
 
 from pydantic import ValidationError
 
+from matpo.errors import UserError
 from matpo.rewards.verdict import UNKNOWN, Verdict
+from matpo.rewards_config import SANDBOXED, Rewards
 from protocols.records import Index, Record, Task
 
 HELPER: Final = "aux"
@@ -76,9 +78,7 @@ async def collaboration(task: Task, messages: Sequence[str], sandbox: Sandbox, *
     main does something itself, 0.5 less if it ignores what `aux` returns.
     """
     programs, tests = [program_of(message) for message in messages], tests_of(task)
-    main = str(task.metadata.get("entry_point", ""))
-    if not main:
-        raise ValueError(f"task {task.task_id} has no entry_point in its metadata: the function that its tests call")
+    main = entry_point_of(task)
     found = await _look(programs, tests, sandbox, main=main, timeout_s=timeout_s)
     if found is None:
         return UNKNOWN
@@ -89,6 +89,27 @@ async def collaboration(task: Task, messages: Sequence[str], sandbox: Sandbox, *
             points += 0.5 + (not found.thin) - 0.5 * found.helper_ignored
     passed = found.passed == len(tests)
     return Verdict(points / COLLABORATION_BEST, passed=passed, feedback=_told(found, tests, main=main))
+
+
+def require_tests(tasks: Sequence[Task], rewards: Rewards) -> None:
+    """Raise `UserError` where a reward that runs tests has a task without any."""
+    if rewards.answer not in SANDBOXED:
+        return
+    for task in tasks:
+        try:
+            tests_of(task)
+            if rewards.answer == "collaboration":
+                entry_point_of(task)
+        except ValueError as error:
+            raise UserError(f"rewards.answer = {rewards.answer!r}, but {error} ({task.question[:60]!r})") from error
+
+
+def entry_point_of(task: Task) -> str:
+    """The function that a task's tests call. Raises ValueError where it names none."""
+    name = task.metadata.get("entry_point")
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"task {task.task_id} has no entry_point in its metadata: the function that its tests call")
+    return name
 
 
 def tests_of(task: Task) -> list[str]:

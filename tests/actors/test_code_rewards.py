@@ -13,6 +13,7 @@ from actors.scene import Scene
 from actors.tools.plane import ToolPlane, ToolResult
 from matpo.config import Config, Sampling, Tools
 from matpo.errors import UserError
+from matpo.rewards.code import require_tests
 from matpo.rewards.verdict import Verdict
 from protocols.records import Task
 from tests.actors.fakes import FakeTools, Say, result, settings, stage
@@ -117,3 +118,25 @@ async def test_a_sandbox_that_is_away_leaves_the_answer_unscored() -> None:
 def test_a_code_reward_without_its_tool_is_refused_at_the_start() -> None:
     with pytest.raises(UserError, match=r"rewards\.code_tool = 'run_python' must name one tool"):
         stage(config("code_tests"), silent)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "answer", "message"),
+    [
+        ({}, "code_tests", "has no tests in its metadata"),
+        ({"tests": []}, "code_tests", "has no tests in its metadata"),
+        ({"tests": ["assert f()"]}, "collaboration", "has no entry_point in its metadata"),
+        ({"tests": ["assert f()"], "entry_point": "f g"}, "collaboration", "has no entry_point in its metadata"),
+        ({"tests": ["assert f()"]}, "code_tests", None),
+        ({}, "exact_match", None),
+    ],
+)
+def test_tasks_that_cannot_be_tested_are_refused_before_the_run(
+    metadata: dict[str, JsonValue], answer: str, message: str | None
+) -> None:
+    tasks = [TASK, Task.make("Write f.", ("",), metadata)]
+    if message is None:
+        require_tests(tasks, config(answer).rewards)
+    else:
+        with pytest.raises(UserError, match=message):
+            require_tests(tasks, config(answer).rewards)
