@@ -23,6 +23,8 @@ from matpo.load import load_config
 from matpo.logs import configure_logs
 from matpo.model_files import require_model_files
 from matpo.rewards.code import require_tests
+from matpo.rewards.measure import Measure
+from matpo.rewards.score import Scorer
 from protocols.keys import BadKeys, HubKeys
 from protocols.refusals import ChannelError, check_listen
 
@@ -62,12 +64,22 @@ def check(config: Config) -> None:
     require_model_files(config.model)
     if config.tools.file is not None and not config.tools.file.is_file():
         raise UserError(f"tools.file {str(config.tools.file)!r} is no file; give the path of an mcpServers JSON file")
+    check_rewards(config)
     for dataset in (config.data.train, config.data.evaluation):
         require_tests(load_tasks(dataset, seed=config.run.seed), config.rewards)
     try:
         check_listen(config.hub.listen, None if config.hub.key_dir is None else HubKeys.load(config.hub.key_dir))
     except (ChannelError, BadKeys) as error:
         raise UserError(str(error)) from error
+
+
+def check_rewards(config: Config) -> None:
+    """Find the functions and keys that rewards and roles elsewhere need. Raises `UserError`."""
+    Measure(config.rewards)
+    Scorer(config.rewards)
+    for endpoint in (config.rewards.judge, *(role.endpoint for role in config.episode.roles.values())):
+        if endpoint is not None:
+            endpoint.api_key()
 
 
 def check_tools(config_path: Path, overrides: Sequence[str]) -> int:
