@@ -60,6 +60,7 @@ def test_a_resolved_config_loads_back_unchanged(good: Path, tmp_path: Path) -> N
         ("lerner.lr=1", "unknown option lerner = {'lr': 1}; did you mean 'learner'?"),
         ("actor.engine.thread=2", "unknown option actor.engine.thread = 2; did you mean 'threads'?"),
         ("episode.roles.planner.sistem=x", "did you mean 'system'?"),
+        ("rewards.answer=exact", "rewards.answer = 'exact': must be 'exact_match'"),
         ("learner.lr=-1", "learner.lr = -1: must be greater than 0"),
         ("learner.lr=fast", "learner.lr = 'fast': must be a valid number"),
         ("learner.credit=magic", "learner.credit.name = 'magic' is unknown; known here: agent_turn, broadcast,"),

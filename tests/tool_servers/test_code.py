@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -97,9 +98,10 @@ async def test_a_long_value_is_cut_and_says_so(tier: Tier) -> None:
 async def test_nothing_is_left_for_the_next_call(tier: Tier) -> None:
     async with opened(tier) as pool:
         await run(pool, "import builtins; builtins.leak = 1")
-        await run(pool, "open('/tmp/leak', 'w').close()")
+        path = f"/tmp/leak-of-{uuid.uuid4().hex}"
+        await run(pool, f"open({path!r}, 'w').close()")
         assert (await run(pool, "leak")).reason == "exception"
-        assert (await run(pool, "import os; os.path.exists('/tmp/leak')")).value == "False"
+        assert (await run(pool, f"import os; os.path.exists({path!r})")).value == "False"
 
 
 async def test_packages_and_preloaded_modules_are_there_only_when_allowed() -> None:
