@@ -40,6 +40,8 @@ def dispatch(arguments: Sequence[str]) -> int:
         case "run":
             return run(parsed.config, [*parsed.override, *rest], resume=parsed.resume, dry_run=parsed.dry_run)
         case "config" if parsed.matrix:
+            if parsed.config is not None:
+                raise UserError(f"--matrix is of all settings and reads no file; leave out {str(parsed.config)!r}")
             return print_matrix()
         case "config" if parsed.config is None:
             raise UserError("`matpo config` needs a file, for example configs/quickstart.toml, or --matrix")
