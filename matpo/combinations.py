@@ -118,13 +118,15 @@ def refusal(kind: Kind, shows: frozenset[Evidence], credit: Scheme, objective: T
     return None
 
 
-def misfit(credit: Scheme, roles: Sequence[str], zero_variance: str) -> str | None:
+def misfit(kind: Kind, credit: Scheme, roles: Sequence[str], zero_variance: str) -> str | None:
     """What else in the settings does not suit the scheme; None where all does."""
     if zero_variance == "resample" and credit.judges == "acts":
         return (
             "learner.zero_variance = 'resample' looks at the rewards of whole trees, but learner.credit"
             f" {credit.name!r} judges single acts, which may differ all the same; set it to 'filter'"
         )
+    if isinstance(credit, OrchestratorOnly) and credit.role is None and kind == "leader_peers":
+        return "learner.credit.role must name the leader: the peers act before it"
     if isinstance(credit, OrchestratorOnly) and credit.role is not None and credit.role not in roles:
         return f"learner.credit.role is {credit.role!r}, which is not among the roles {sorted(roles)}"
     return None

@@ -348,7 +348,7 @@ class Config(Section):
         delegates = {name: role.delegates for name, role in episode.roles.items()}
         shows = shown(episode.workflow, episode.root, delegates, workers_earn=self.rewards.workers != "none")
         reason = refusal(episode.workflow.kind, shows, learner.credit, learner.objective)
-        reason = reason or misfit(learner.credit, tuple(delegates), learner.zero_variance)
+        reason = reason or misfit(episode.workflow.kind, learner.credit, tuple(delegates), learner.zero_variance)
         if reason is not None:
             raise ValueError(reason)
         return self

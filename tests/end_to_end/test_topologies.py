@@ -19,12 +19,15 @@ from learner.trainer.intake import prepare
 from learner.trainer.publish import to_weights
 from learner.trainer.ranks import ALONE
 from learner.trainer.setup import Training
+from matpo.combinations import shown
 from matpo.config import Config
+from matpo.credit.chosen import SCHEMES
+from matpo.credit.scheme import NOTHING
 from matpo.datasets.load import load_tasks
 from matpo.load import load_config
 from matpo.model_files import model_folder
 from protocols.codec import decode_tree, encode_tree
-from protocols.records import EpisodeTree
+from protocols.records import EpisodeGroup, EpisodeTree
 from tests.end_to_end.processes import ROOT, matpo, only_run, summary
 
 TINY = ROOT / "configs" / "tiny"
@@ -66,6 +69,18 @@ async def play(config: Config, training: Training, tools_folder: Path) -> list[E
         return [*trees, await episode(learner.group_size)]
 
 
+def check_credit(config: Config, trees: list[EpisodeTree]) -> None:
+    """Every scheme that fits the topology scores some of its acts, all with finite numbers."""
+    episode, group = config.episode, EpisodeGroup("g", trees[0].task, tuple(trees))
+    delegates = {name: role.delegates for name, role in episode.roles.items()}
+    shows = shown(episode.workflow, episode.root, delegates, workers_earn=config.rewards.workers != "none")
+    for scheme in (found for found in SCHEMES if found.needs <= shows):
+        scores = scheme.model_validate({"name": scheme.model_fields["name"].default}).credit(group, NOTHING)
+        assert [len(row) for row in scores] == [len(tree.trajectories) for tree in trees]
+        numbers = [score for row in scores for score in row if score is not None]
+        assert numbers and all(map(math.isfinite, numbers)), scheme
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(file.stem for file in TINY.glob("*.toml")))
 async def test_a_topology_plays_trains_and_plays_on(name: str, tmp_path: Path) -> None:
@@ -75,6 +90,7 @@ async def test_a_topology_plays_trains_and_plays_on(name: str, tmp_path: Path) -
         trees = await play(config, Training.start(config, ALONE), tmp_path)
     assert [tree.versions for tree in trees] == [(0,)] * config.learner.group_size + [(1,)]
     assert all(tree.reward is not None for tree in trees)
+    check_credit(config, trees[:-1])
     if name in SHAPES:
         for tree in trees:
             assert Counter(trajectory.role for trajectory in tree.trajectories) == SHAPES[name]

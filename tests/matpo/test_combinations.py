@@ -42,7 +42,9 @@ def test_a_tiny_config_of_a_topology_loads_with_exactly_the_schemes_that_fit(kin
     seen = shown(config.episode.workflow, config.episode.root, delegates, workers_earn=config.rewards.workers != "none")
     for name in (scheme.model_fields["name"].default for scheme in SCHEMES):
         if name in fitting(seen):
-            assert load_config(TINY / f"{kind}.toml", [f"learner.credit={name}"]).learner.credit.name == name
+            leader = ["learner.credit.role=leader"] if (kind, name) == ("leader_peers", "orchestrator_only") else []
+            chosen = load_config(TINY / f"{kind}.toml", [f"learner.credit.name={name}", *leader]).learner.credit
+            assert chosen.name == name
         else:
             with pytest.raises(UserError, match=f"learner.credit '{name}' needs "):
                 load_config(TINY / f"{kind}.toml", [f"learner.credit={name}"])
@@ -68,6 +70,7 @@ def test_what_a_topology_shows_depends_on_its_settings() -> None:
         ("debate", ["learner.credit=magrpo"], "; take one of broadcast, leave_one_out, role_group"),
         ("debate", ["learner.credit=look_ahead", "learner.zero_variance=resample"], "set it to 'filter'"),
         ("leader_peers", ['learner.credit={name="orchestrator_only", role="boss"}'], "learner.credit.role is 'boss'"),
+        ("leader_peers", ["learner.credit=orchestrator_only"], "learner.credit.role must name the leader"),
         (
             "magrpo",
             ['learner.credit={name="magrpo", baseline="max"}', "learner.objective.name=topr"],
