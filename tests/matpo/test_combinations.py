@@ -42,8 +42,9 @@ def test_a_tiny_config_of_a_topology_loads_with_exactly_the_schemes_that_fit(kin
     seen = shown(config.episode.workflow, config.episode.root, delegates, workers_earn=config.rewards.workers != "none")
     for name in (scheme.model_fields["name"].default for scheme in SCHEMES):
         if name in fitting(seen):
-            leader = ["learner.credit.role=leader"] if (kind, name) == ("leader_peers", "orchestrator_only") else []
-            chosen = load_config(TINY / f"{kind}.toml", [f"learner.credit.name={name}", *leader]).learner.credit
+            leader = ', role = "leader"' if (kind, name) == ("leader_peers", "orchestrator_only") else ""
+            override = f'learner.credit={{name = "{name}"{leader}}}'
+            chosen = load_config(TINY / f"{kind}.toml", [override]).learner.credit
             assert chosen.name == name
         else:
             with pytest.raises(UserError, match=f"learner.credit '{name}' needs "):
