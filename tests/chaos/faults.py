@@ -26,8 +26,7 @@ SHARES: Mapping[tuple[Verb, What], int] = {
 }
 """Of a hundred faults in a row, shuffled."""
 RARE: tuple[tuple[Verb, What], ...] = (("kill", "learner"), ("kill", "run"))
-"""Among every `RARE_EVERY` faults: the owners themselves, after which the run starts again as a whole."""
-RARE_EVERY = 200
+"""Once each, among the first hundred: the owners themselves, after which all of it or the learner starts again."""
 LASTING_S: Mapping[Verb, tuple[float, float]] = {
     "freeze": (0.5, 6.0),
     "cut": (0.5, 8.0),
@@ -62,7 +61,7 @@ def schedule(seed: int, *, rare: bool) -> Iterator[Fault]:
     number = 0
     while True:
         kinds = [kind for kind, share in SHARES.items() for _ in range(share)]
-        if rare and number % RARE_EVERY == 0:
+        if rare and number == 0:
             kinds += RARE
         rng.shuffle(kinds)
         for verb, what in kinds:
