@@ -44,9 +44,11 @@ class Enumerated:
         self.choices: tuple[Choice, ...] = tuple(sorted({c for outcome in self.outcomes for c in outcome.choices}))
         self._place = {choice: number for number, choice in enumerate(self.choices)}
         self.rewards_O: Array = np.array([outcome.tree.reward for outcome in self.outcomes], np.float64)
-        self.taken_OC: Array = np.stack([self._sum(outcome, [1.0] * len(outcome.choices)) for outcome in self.outcomes])
+        self.taken_OC: Array = np.stack(
+            [self.by_choice(outcome, [1.0] * len(outcome.choices)) for outcome in self.outcomes]
+        )
 
-    def _sum(self, outcome: Outcome, values: Sequence[float | None]) -> Array:
+    def by_choice(self, outcome: Outcome, values: Sequence[float | None]) -> Array:
         """Values of the acts of an outcome, added up by choice."""
         total_C = np.zeros(len(self.choices))
         for choice, value in zip(outcome.choices, values, strict=True):
@@ -147,7 +149,7 @@ class Groups:
 def _added_up(game: Enumerated, group: Sequence[int], advantages: GroupAdvantages) -> Array:
     total_C = np.zeros(len(game.choices))
     for member, values in zip(group, advantages, strict=True):
-        total_C += game._sum(game.outcomes[member], values)
+        total_C += game.by_choice(game.outcomes[member], values)
     return total_C
 
 
