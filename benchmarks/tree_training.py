@@ -25,7 +25,7 @@ from benchmarks.tree_shapes import Episodes
 from learner.trainer.attention.interface import implementation
 from learner.trainer.attention.packed import PaddedPaths, PathBlock
 from learner.trainer.attention.plan import AttentionPlan
-from learner.trainer.costs import PADDED_ROWS
+from learner.trainer.costs import PADDED_ROWS, padded_work
 from learner.trainer.model import Policy
 from learner.trainer.pack import MicroBatch, micro_batch, pack
 from learner.trainer.plan import Sample
@@ -56,7 +56,8 @@ class PaddedPlan(AttentionPlan):
             tokens = np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in rows])
             kept = np.arange(longest) < np.array([len(row) for row in rows])[:, None]
             blocks.append(PathBlock(torch.from_numpy(tokens), torch.from_numpy(np.flatnonzero(kept))))
-        self.padded = PaddedPaths(tuple(blocks), torch.arange(len(trie.tokens)), sum(b.tokens.numel() for b in blocks))
+        work = padded_work(np.array([len(row) for row in trie.paths]), scored=0)
+        self.padded = PaddedPaths(tuple(blocks), torch.arange(len(trie.tokens)), work.tokens, work.pairs)
 
     @property
     def paths(self) -> PaddedPaths:
@@ -165,6 +166,8 @@ def measure(policy: Policy, shape: Episodes, *, repeats: int) -> dict[str, JsonV
     gradients: dict[str, dict[str, Tensor]] = {}
     rates = []
     unique = sum(len(batch.tokens_N) for batch in tree)
+    for way in ways.values():
+        way.seconds()  # pages, plans and whatever libraries set up on first use
     for _ in range(repeats):
         for name, way in ways.items():
             seconds[name].append(way.seconds())

@@ -101,7 +101,7 @@ class Checkpoints:
             moments.help()
             return
         final = self.folder / f"step-{step:06d}"
-        draft = self.folder / f".{final.name}.{os.getpid()}"
+        draft = self.folder / ".draft"  # one name, so that what a killed trainer left is cleared by the next save
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         digest = combined_digest(

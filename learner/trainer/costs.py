@@ -33,26 +33,31 @@ class ModelShape:
 
     body_parameters: int
     """Of the matrices every token is multiplied with: all but the embedding and the output projection."""
+    trained_parameters: int
+    """Of those, the ones that get a gradient."""
     layers: int
     attention_width: int
     """Query heads times their width."""
     hidden: int
     vocabulary: int
+    head_trained: bool = True
 
     def flops(self, work: Work) -> int:
-        """Of forward and backward: each product of the forward pass takes two more of its size in the backward pass.
+        """Of forward and backward: each product of the forward pass takes two more of its size in the backward pass,
+        for the gradients of its two factors; a frozen matrix saves its own.
 
-        6·P per token; 12·d·L per attended pair (two products of 2·d operations in each of L layers); 6·V·E per scored
-        token.
+        4·P + 2·T per token, where T of the P parameters are trained; 12·d·L per attended pair (two products of 2·d
+        operations in each of L layers); 6·V·E per scored token, 4·V·E if the output projection is frozen.
         """
+        head = 6 if self.head_trained else 4
         return (
-            6 * self.body_parameters * work.tokens
+            (4 * self.body_parameters + 2 * self.trained_parameters) * work.tokens
             + 12 * self.attention_width * self.layers * work.pairs
-            + 6 * self.vocabulary * self.hidden * work.scored
+            + head * self.vocabulary * self.hidden * work.scored
         )
 
 
-TOKENS_ALONE = ModelShape(body_parameters=1, layers=0, attention_width=0, hidden=0, vocabulary=0)
+TOKENS_ALONE = ModelShape(body_parameters=1, trained_parameters=1, layers=0, attention_width=0, hidden=0, vocabulary=0)
 """The shape for callers without a model: every token costs the same."""
 
 PADDED_ROWS = 8

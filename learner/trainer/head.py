@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from learner.trainer.memory import total_bytes
 from learner.trainer.pack import MicroBatch
+from matpo.errors import UserError
 
 MEMORY_SHARE = 128
 """Logits take at most one part in so many of the device's whole memory (not of what is free now: the chunk decides the
@@ -27,6 +29,17 @@ LEAST_ROWS = 32
 ChunkLoss = Callable[[Tensor, Tensor, slice], Tensor]
 """(log π of some sampled tokens, entropy of π there, which of the T they are) → their weighted loss, a scalar.
 Differentiable in both."""
+
+
+def output_projection(model: PreTrainedModel) -> torch.nn.Linear:
+    """The layer that makes logits of hidden states. Raises `UserError` for a model that has none."""
+    layer: object = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it bare
+    if not isinstance(layer, torch.nn.Linear):
+        raise UserError(
+            f"model {type(model).__name__} has no linear output projection and cannot be trained;"
+            " give the folder of a Hugging Face causal model"
+        )
+    return layer
 
 
 @dataclass(frozen=True, slots=True, eq=False)

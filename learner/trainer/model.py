@@ -17,9 +17,10 @@ from learner.trainer.attention.choice import choose_attention
 from learner.trainer.attention.interface import implementation, register
 from learner.trainer.attention.packed import hidden_of_paths
 from learner.trainer.attention.plan import AttentionPlan, plan_attention
-from learner.trainer.costs import ModelShape
-from learner.trainer.head import Head
+from learner.trainer.costs import ModelShape, Work
+from learner.trainer.head import Head, output_projection
 from learner.trainer.lora import Adapter
+from learner.trainer.pack import MicroBatch
 from learner.trainer.ranks import ALONE, Ranks
 from learner.trainer.recompute import Recompute, saved_bytes
 from learner.trainer.sharding import shard
@@ -122,9 +123,7 @@ class Policy:
         # Dropout would make π depend on the draw; evaluation mode switches it off and keeps gradients.
         torch.nn.Module.to(model, device=device, dtype=torch.float32)
         torch.nn.Module.train(model, False)
-        projection = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it bare
-        if not isinstance(projection, torch.nn.Linear):
-            raise UserError(f"model {type(model).__name__} has no linear output projection; it cannot be trained")
+        projection = output_projection(model)
         adapter = None if lora is None else Adapter.attach(model, lora, seed=seed)
         dtype = torch.bfloat16 if learner.dtype == "bfloat16" else torch.float32
         if frozen:
@@ -179,9 +178,13 @@ class Policy:
         if self.adapter is not None:
             self.adapter.play(adapter)
 
-    def computed_tokens(self, plan: AttentionPlan) -> int:
-        """Tokens `hidden` runs the model on: the distinct ones, unless prefixes are not shared."""
-        return plan.paths.rows if self.attention == "packed" else plan.tokens
+    def work(self, batch: MicroBatch) -> Work:
+        """What a micro-batch takes: that of its distinct tokens, or, where prefixes are not shared, of all paths with
+        their padding."""
+        if self.attention != "packed":
+            return batch.computed
+        paths = batch.plan.paths
+        return Work(paths.rows, paths.pairs, batch.computed.scored)
 
     def _hidden(self, tokens_N: Tensor, positions_N: Tensor, plan: AttentionPlan) -> Tensor:
         if self.attention == "packed":
@@ -286,10 +289,13 @@ def shape_of(model: PreTrainedModel, projection: torch.nn.Linear) -> ModelShape:
     outside = {id(p) for module in (embedding, projection) for p in module.parameters()}
     config = model.config.to_dict()
     heads = config["num_attention_heads"]
+    matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in outside]
     return ModelShape(
-        body_parameters=sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in outside),
+        body_parameters=sum(p.numel() for p in matrices),
+        trained_parameters=sum(p.numel() for p in matrices if p.requires_grad),
         layers=config["num_hidden_layers"],
         attention_width=heads * (config.get("head_dim") or config["hidden_size"] // heads),
         hidden=projection.in_features,
         vocabulary=projection.out_features,
+        head_trained=projection.weight.requires_grad,
     )

@@ -35,6 +35,7 @@ class WorkReport(Record):
     scored_tokens: int
     """Distinct (prefix, sampled token) pairs the head computed."""
     flops: int
+    """As computed."""
     packed_flops: int
     """Had nothing been shared, without padding."""
     padded_flops: int
@@ -114,15 +115,16 @@ class Pass:
 def work_report(batches: Sequence[MicroBatch], policy: Policy) -> WorkReport:
     """Of one pass over some micro-batches."""
     shape = policy.shape
-    computed = sum((batch.computed for batch in batches), Work())
+    unique = sum((batch.computed for batch in batches), Work())
+    computed = sum((policy.work(batch) for batch in batches), Work())
     packed = sum((batch.packed for batch in batches), Work())
     padded = sum((batch.padded for batch in batches), Work())
     return WorkReport(
         micro_batches=len(batches),
         tokens=packed.tokens,
-        unique_tokens=computed.tokens,
+        unique_tokens=unique.tokens,
         padded_tokens=padded.tokens,
-        computed_tokens=sum(policy.computed_tokens(batch.plan) for batch in batches),
+        computed_tokens=computed.tokens,
         sampled_tokens=packed.scored,
         scored_tokens=computed.scored,
         flops=shape.flops(computed),

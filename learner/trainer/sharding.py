@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from transformers import PreTrainedModel
 
-from learner.trainer.head import Head
+from learner.trainer.head import Head, output_projection
 from learner.trainer.ranks import Ranks
 
 
@@ -33,7 +33,7 @@ def shard(model: PreTrainedModel, *, ranks: Ranks, dtype: torch.dtype) -> None:
     values = {name: parameter.detach() for name, parameter in model.named_parameters()} if ranks.first else {}
     buffers = [(module, name, value) for module in model.modules() for name, value in module._buffers.items()]
     layers = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    body, projection = model.base_model, model.get_output_embeddings()  # type: ignore[no-untyped-call]  # left bare
+    body, projection = model.base_model, output_projection(model)
     tied = projection.weight is model.get_input_embeddings().weight
     for part in body.modules():
         if type(part).__name__ in (model._no_split_modules or ()):  # a decoder layer, by its class

@@ -64,7 +64,7 @@ def accumulate(policy: Policy, batches: Sequence[MicroBatch], objective: Objecti
     for number, batch in enumerate(batches):
         done.masked.append(torch.empty_like(batch.behaviour_T, dtype=torch.bool))
         started = time.perf_counter()
-        recompute = policy.recompute.needed(batch.computed.tokens)
+        recompute = policy.recompute.needed(policy.work(batch).tokens)
         policy.play(batch.adapter)
         hidden_NE = policy.hidden(batch.tokens_N, batch.positions_N, batch.plan, recompute=recompute)
         middle = time.perf_counter()

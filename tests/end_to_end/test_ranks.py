@@ -1,4 +1,4 @@
-"""Two ranks through the real commands: our own launcher and torchrun, with a rank killed in the middle."""
+"""Two ranks through the real commands: our own launcher, torchrun and accelerate, with a rank killed in the middle."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ from tests.end_to_end.test_kill import nothing_is_lost_or_doubled, reached, wait
 
 STEPS = 6
 SHIPPED = ("one_machine", "two_machines")
+LAUNCHERS = {
+    # Without the two dashes torchrun takes our --run for an abbreviation of its own --run-path.
+    "torchrun": "torch.distributed.run --nproc-per-node 2 --max-restarts 3 --master-addr {} --master-port {} -m --",
+    "accelerate": "accelerate.commands.launch --config_file configs/accelerate/one_machine.yaml --num_processes 2"
+    " --max_restarts 3 --main_process_ip {} --main_process_port {} -m",
+}
+"""Modules and their options, up to the name of ours."""
 
 
 def rank_processes(command: Command, rank: int) -> list[psutil.Process]:
@@ -72,14 +79,16 @@ def test_a_run_on_two_ranks_survives_the_kill_of_one_with_an_exact_ledger(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_ranks_that_torchrun_launched_are_started_again_by_it_and_finish_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ranks_that_a_launcher_started_are_started_again_by_it_and_finish_the_run(
+    tmp_path: Path, launcher: str
+) -> None:
     run = RunFolder(tmp_path / "run")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meeting = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
-    learner = ["-m", "learner", str(QUICKSTART), *SHORT, f"run.steps={STEPS}", "--run", str(run.path)]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3", *meeting, *learner]
-    with begun(*launcher) as ranks:
+        options = LAUNCHERS[launcher].format(*free.getsockname()).split()
+    learner = ["learner", str(QUICKSTART), *SHORT, f"run.steps={STEPS}", "--run", str(run.path)]
+    with begun("-m", *options, *learner) as ranks:
         wait_until(lambda: run.hub.is_file(), ranks, limit_s=120, what="hub")
         address = run.hub_address()
         assert address is not None

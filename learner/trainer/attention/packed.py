@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from learner.trainer.costs import causal_pairs
 from learner.trainer.trie import Trie
 
 BLOCK_TOKENS: Final = 1 << 13
@@ -39,6 +40,8 @@ class PaddedPaths:
     """Where each trie token stands among all kept ones, [N]."""
     rows: int
     """Tokens computed, padding included."""
+    pairs: int
+    """Of causal attention over them."""
 
 
 def plan_paths(trie: Trie, device: torch.device) -> PaddedPaths:
@@ -66,6 +69,7 @@ def plan_paths(trie: Trie, device: torch.device) -> PaddedPaths:
         blocks=tuple(blocks),
         order=torch.from_numpy(np.argsort(np.concatenate(order))).to(device),
         rows=sum(block.tokens.numel() for block in blocks),
+        pairs=sum(len(block.tokens) * causal_pairs(block.tokens.shape[1]) for block in blocks),
     )
 
 

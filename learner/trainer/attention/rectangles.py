@@ -18,9 +18,9 @@ from typing import Final
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from learner.trainer.attention.geometry import runs
+from learner.trainer.attention.saved import Saved
 from learner.trainer.trie import Trie
 
 SHORT_RUN: Final = 192
@@ -134,7 +134,9 @@ class _RectangleAttention(torch.autograd.Function):
     """Keeps per-token rows only: memory follows distinct tokens."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, plan: Rectangles, scale: float) -> Tensor:
+    def forward(
+        ctx: Saved[Rectangles], query: Tensor, key: Tensor, value: Tensor, plan: Rectangles, scale: float
+    ) -> Tensor:
         """[K, N·G, D] queries, [K, N, D] keys and values → [K, N·G, D]."""
         group = query.shape[1] // key.shape[1]
         output = torch.empty_like(query, dtype=torch.float32)
@@ -154,13 +156,13 @@ class _RectangleAttention(torch.autograd.Function):
             torch.logaddexp(sums, part_sum, out=sums)
         output = output.to(query.dtype)
         ctx.save_for_backward(query, key, value, output, logsumexp)
-        ctx.matpo = (plan, scale)  # type: ignore[attr-defined]  # autograd's own place for constants
+        ctx.plan, ctx.scale = plan, scale
         return output
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, logsumexp = ctx.saved_tensors  # type: ignore[attr-defined]
-        plan, scale = ctx.matpo  # type: ignore[attr-defined]
+    def backward(ctx: Saved[Rectangles], grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, logsumexp = ctx.saved_tensors
+        plan, scale = ctx.plan, ctx.scale
         group = query.shape[1] // key.shape[1]
         grads = [torch.empty_like(rows, dtype=torch.float32) for rows in (query, key, value)]
         for causal in plan.causal:

@@ -14,10 +14,10 @@ from typing import Final
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from learner.trainer.attention.geometry import Chain, chains
 from learner.trainer.attention.rectangles import grouped_rows, split_groups, ungrouped_rows
+from learner.trainer.attention.saved import Saved
 from learner.trainer.trie import Trie
 
 LONGEST_CHAIN: Final = 128
@@ -78,7 +78,12 @@ class _WindowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, plan: tuple[ChainBlock, ...], scale: float
+        ctx: Saved[tuple[ChainBlock, ...]],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: tuple[ChainBlock, ...],
+        scale: float,
     ) -> Tensor:
         """[K, N·G, D] queries, [K, N, D] keys and values → [K, N·G, D]."""
         output = torch.empty_like(query)
@@ -89,13 +94,13 @@ class _WindowAttention(torch.autograd.Function):
             _put(block, output, part)
             sums.append(part_sum)
         ctx.save_for_backward(query, key, value, output, *sums)
-        ctx.matpo = (plan, scale)  # type: ignore[attr-defined]  # autograd's own place for constants
+        ctx.plan, ctx.scale = plan, scale
         return output
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, *sums = ctx.saved_tensors  # type: ignore[attr-defined]
-        plan, scale = ctx.matpo  # type: ignore[attr-defined]
+    def backward(ctx: Saved[tuple[ChainBlock, ...]], grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, *sums = ctx.saved_tensors
+        plan, scale = ctx.plan, ctx.scale
         group = query.shape[1] // key.shape[1]
         grads = [torch.zeros_like(rows, dtype=torch.float32) for rows in (query, key, value)]
         for block, logsumexp in zip(plan, sums, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -15,12 +16,13 @@ from learner.trainer.costs import ModelShape, Work, packed_work, padded_work
 from learner.trainer.model import Policy
 from learner.trainer.pack import micro_batch, pack
 from learner.trainer.plan import MICRO_BATCH_TOKENS, MicroBatches, Sample, plan
+from learner.trainer.report import work_report
 from learner.trainer.step import accumulate
-from matpo.config import Dppo, Learner
+from matpo.config import Dppo, Learner, Lora
 from tests.learner.trainer.models import sample, tiny_model
 
 CPU = torch.device("cpu")
-SHAPE = ModelShape(body_parameters=1000, layers=2, attention_width=8, hidden=8, vocabulary=10)
+SHAPE = ModelShape(body_parameters=1000, trained_parameters=1000, layers=2, attention_width=8, hidden=8, vocabulary=10)
 
 
 def rows(*sequences: Sequence[int]) -> list[Sample]:
@@ -39,6 +41,12 @@ def computed(planned: MicroBatches) -> list[Work]:
 def test_flops_of_a_step_are_those_of_its_three_kinds_of_product() -> None:
     # 6·1000 a token, 12·8·2 a pair, 6·10·8 a scored token
     assert SHAPE.flops(Work(tokens=3, pairs=6, scored=2)) == 3 * 6000 + 6 * 192 + 2 * 480
+
+
+def test_a_frozen_matrix_costs_no_gradient() -> None:
+    frozen = replace(SHAPE, trained_parameters=100, head_trained=False)
+    # 4·1000 + 2·100 a token, 4·10·8 a scored one
+    assert frozen.flops(Work(tokens=3, pairs=6, scored=2)) == 3 * 4200 + 6 * 192 + 2 * 320
 
 
 def test_work_of_sequences_alone_and_of_padded_ones_is_counted_by_hand() -> None:
@@ -162,10 +170,28 @@ def test_ranks_finish_together(ranks: int) -> None:
 def test_a_model_tells_its_own_shape() -> None:
     shape = Policy.of(tiny_model("qwen3", tied=False), Learner()).shape
     attention = 16 * 32 + 2 * 16 * 16 + 32 * 16  # q, k and v, o
+    body = 2 * (attention + 3 * 16 * 24)
     assert shape == ModelShape(
-        body_parameters=2 * (attention + 3 * 16 * 24), layers=2, attention_width=32, hidden=16, vocabulary=13
+        body_parameters=body, trained_parameters=body, layers=2, attention_width=32, hidden=16, vocabulary=13
     )
     assert Policy.of(tiny_model("llama"), Learner()).shape == shape
+    adapted = Policy.of(tiny_model("llama"), Learner(), Lora(rank=3, target_modules=("q_proj", "down_proj"))).shape
+    factors = 2 * 3 * ((16 + 32) + (24 + 16))  # A and B of q and of down, in two layers
+    assert (adapted.body_parameters, adapted.trained_parameters) == (body + factors, factors)
+    assert not adapted.head_trained
+
+
+def test_what_is_not_shared_is_counted_as_it_is_computed() -> None:
+    # Inputs [1 2 3] and [1 2 5 6]: lengths alike, so both are rows of four.
+    batch = micro_batch(rows([1, 2, 3, 4], [1, 2, 5, 6, 7]), CPU)
+    shared, packed = (
+        Policy.of(tiny_model("llama"), Learner.model_validate({"attention": way})) for way in ("auto", "packed")
+    )
+    assert shared.work(batch) == Work(tokens=5, pairs=1 + 2 + 3 + 3 + 4, scored=2)
+    assert packed.work(batch) == Work(tokens=2 * 4, pairs=2 * 10, scored=2)
+    report = work_report([batch], packed)
+    assert (report.unique_tokens, report.computed_tokens) == (5, 8)
+    assert report.flops == packed.shape.flops(Work(8, 20, 2)) > report.packed_flops
 
 
 def test_gradients_of_all_ranks_add_up_to_those_of_one() -> None:

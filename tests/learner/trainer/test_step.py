@@ -29,7 +29,7 @@ from tests.learner.trainer.models import reference_gradient, sample, tiny_model
 from tests.learner.trainer.test_exactness import CPU, random_rows, relative_difference
 from tests.matpo.trees import OTHER, trajectory, tree
 
-SHAPE = ModelShape(body_parameters=1, layers=1, attention_width=1, hidden=1, vocabulary=13)
+SHAPE = ModelShape(body_parameters=1, trained_parameters=1, layers=1, attention_width=1, hidden=1, vocabulary=13)
 
 
 def step_once(learner: Learner, rows: list[Sample], *, steps: int = 1) -> tuple[Policy, list[StepReport]]:
