@@ -20,7 +20,11 @@ VOCABULARY = 13
 Family = Literal["llama", "qwen3"]
 
 
-def tiny_model(family: Family, *, tied: bool = True, seed: int = 0) -> PreTrainedModel:
+GPU_HEAD_WIDTH = 16
+"""Least that FlexAttention's compiled kernel takes."""
+
+
+def tiny_model(family: Family, *, tied: bool = True, seed: int = 0, head_width: int = 8) -> PreTrainedModel:
     """Two layers, width 16, grouped key heads, weights large enough for attention to matter."""
     torch.manual_seed(seed)
     shape = {
@@ -28,7 +32,7 @@ def tiny_model(family: Family, *, tied: bool = True, seed: int = 0) -> PreTraine
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 8,
+        "head_dim": head_width,
         "intermediate_size": 24,
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 128,

@@ -19,6 +19,7 @@ import orjson
 import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from learner.trainer.__main__ import train
 from learner.trainer.checkpoint import Checkpoints
@@ -34,20 +35,25 @@ from matpo.config import Learner, Tis
 from matpo.folder import RunFolder
 from matpo.load import load_config
 from matpo.metrics import MetricsFile
-from tests.learner.trainer.models import Family, tiny_model
-from tests.learner.trainer.test_exactness import CPU, random_rows
+from tests.learner.trainer.models import GPU_HEAD_WIDTH, Family, tiny_model
+from tests.learner.trainer.test_exactness import random_rows
 
 Found = dict[str, Any]  # JSON of a case's own shape
 ADAM = Learner(lr=1e-2, optimizer_steps_per_batch=2)
 
 
+def model_of(family: Family, *, tied: bool = True) -> PreTrainedModel:
+    """With heads that a GPU takes too."""
+    return tiny_model(family, tied=tied, head_width=GPU_HEAD_WIDTH)
+
+
 def policy_of(ranks: Ranks, learner: Learner, family: Family = "qwen3", *, tied: bool = True) -> Policy:
     """A tiny policy over the ranks; the others have no weights of their own."""
-    model = tiny_model(family, tied=tied)
+    model = model_of(family, tied=tied)
     if not ranks.first:
         torch.nn.Module.to(model, "meta")
         model.tie_weights()
-    return Policy.of(model, learner, ranks=ranks)
+    return Policy.of(model, learner.model_copy(update={"device": ranks.device.type}), ranks=ranks)
 
 
 def step_rows(step: int) -> list[Sample]:
@@ -55,7 +61,7 @@ def step_rows(step: int) -> list[Sample]:
 
 
 def batches_of(ranks: Ranks, rows: Sequence[Sample]) -> tuple[MicroBatch, ...]:
-    return pack(rows, limit_tokens=40, device=CPU, ranks=ranks.count, rank=ranks.rank)
+    return pack(rows, limit_tokens=40, device=ranks.device, ranks=ranks.count, rank=ranks.rank)
 
 
 def write_gradients(ranks: Ranks, policy: Policy, path: Path) -> None:
@@ -75,7 +81,7 @@ def gradients(ranks: Ranks, folder: Path) -> Found:
         losses.append(accumulate(policy, batches_of(ranks, random_rows(12, seed=3)), Tis()).loss)
         write_gradients(ranks, policy, folder / f"{family}.safetensors")
     policy = policy_of(ranks, Learner())
-    batch = micro_batch(random_rows(5, seed=4) if ranks.first else [], CPU)
+    batch = micro_batch(random_rows(5, seed=4) if ranks.first else [], ranks.device)
     losses.append(accumulate(policy, [batch], Tis()).loss)
     write_gradients(ranks, policy, folder / "uneven.safetensors")
     policy = policy_of(ranks, Learner(dtype="bfloat16"))
@@ -127,7 +133,7 @@ def step_on_an_infinite_advantage_of_one_rank(ranks: Ranks, _: Path) -> Found:
     rows = random_rows(4, seed=9)
     if not ranks.first:
         rows[0] = replace(rows[0], advantage=float("inf"))
-    report = train_step(policy, make_optimizer(policy, ADAM), [micro_batch(rows, CPU)], ADAM, step=1, steps=10)
+    report = train_step(policy, make_optimizer(policy, ADAM), [micro_batch(rows, ranks.device)], ADAM, step=1, steps=10)
     after = [p.to_local() for p in policy.parameters.values() if isinstance(p, DTensor)]
     same = all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     return {"updates": report.updates, "same": same}
@@ -190,7 +196,7 @@ CASES: dict[str, Callable[[Ranks, Path], Found]] = {
 
 def main() -> None:
     make_deterministic(threads=1, seed=0)
-    with joined(Learner(rank_timeout_s=float(sys.argv[1]))) as ranks:
+    with joined(Learner(rank_timeout_s=float(sys.argv[1]), device=sys.argv[2])) as ranks:
         for line in sys.stdin:
             name, folder = line.split()
             sys.stdout.write(orjson.dumps(CASES[name](ranks, Path(folder))).decode() + "\n")

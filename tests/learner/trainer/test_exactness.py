@@ -25,7 +25,14 @@ from matpo.config import Config, Dppo, Learner, Objective, Tis
 from matpo.credit.scheme import NOTHING
 from matpo.weighting import token_weights
 from protocols.records import EpisodeTree, Trajectory
-from tests.learner.trainer.models import VOCABULARY, Family, reference_gradient, sample, tiny_model
+from tests.learner.trainer.models import (
+    GPU_HEAD_WIDTH,
+    VOCABULARY,
+    Family,
+    reference_gradient,
+    sample,
+    tiny_model,
+)
 from tests.matpo.trees import group_of, trajectory, tree
 
 CPU = torch.device("cpu")
@@ -61,9 +68,10 @@ def relative_difference(ours: dict[str, Tensor], reference: dict[str, Tensor]) -
 def gradient(
     policy: Policy, rows: Sequence[Sample], objective: Objective, limit: int
 ) -> tuple[float, dict[str, Tensor]]:
-    batches = pack(rows, limit_tokens=limit, device=CPU)
+    batches = pack(rows, limit_tokens=limit, device=policy.device)
     done = accumulate(policy, batches, objective, Fixed(kept=kept_tokens(policy, batches, objective, ALONE)))
-    return done.loss, {name: p.grad.clone() for name, p in policy.parameters.items() if p.grad is not None}
+    grads = {name: p.grad for name, p in policy.parameters.items() if p.grad is not None}
+    return done.loss, {name: grad.to(CPU, copy=True) for name, grad in grads.items()}
 
 
 OBJECTIVES = [Dppo(tau=0.1), *(kind() for kind in get_args(get_args(Objective)[0]) if kind is not Dppo)]
@@ -169,6 +177,24 @@ def test_gradient_does_not_depend_on_the_head_chunk(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(head, "chunk_rows", lambda *_, rows=tokens: rows)
         _, found = gradient(policy, rows, Dppo(), 10_000)
         assert relative_difference(found, reference) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    ("way", "dtype", "tolerance"), [("flex", "float32", 1e-4), ("flex", "bfloat16", 0.2), ("varlen", "bfloat16", 0.2)]
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_gradients_on_a_gpu_are_those_of_one_by_one_training_in_float32(
+    family: Family, way: str, dtype: str, tolerance: float
+) -> None:
+    rows = random_rows(40, seed=6)
+    loss, expected = reference_gradient(tiny_model(family, head_width=GPU_HEAD_WIDTH), rows, Tis())
+    learner = Learner.model_validate({"device": "cuda", "attention": way, "dtype": dtype})
+    policy = Policy.of(tiny_model(family, head_width=GPU_HEAD_WIDTH), learner)
+    found_loss, found = gradient(policy, rows, Tis(), 200)
+    assert found_loss == pytest.approx(loss, rel=tolerance, abs=tolerance)
+    assert relative_difference(found, expected) < tolerance
 
 
 def test_temperature_of_each_role_scales_the_logits() -> None:

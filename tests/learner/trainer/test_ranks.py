@@ -31,7 +31,7 @@ from matpo.config import Learner, Tis
 from matpo.errors import UserError
 from matpo.metrics import read_metrics
 from tests.learner.trainer import rank_cases
-from tests.learner.trainer.models import Family, tiny_model
+from tests.learner.trainer.models import Family
 from tests.learner.trainer.rank_cases import Found
 from tests.learner.trainer.runs import JournalHub, ledger, make_run, run_trainer
 from tests.learner.trainer.test_exactness import CPU, random_rows, relative_difference
@@ -42,14 +42,14 @@ ANSWER_LIMIT_S = 120.0
 class Pair:
     """Two processes that meet as ranks and then do the cases they are told."""
 
-    def __init__(self, *, rank_timeout_s: float) -> None:
+    def __init__(self, *, rank_timeout_s: float, device: str = "cpu") -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
         self._ranks = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.learner.trainer.rank_cases", str(rank_timeout_s)],
-                env=os.environ | place | {"RANK": str(rank)},
+                [sys.executable, "-m", "tests.learner.trainer.rank_cases", str(rank_timeout_s), device],
+                env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,  # a line read ahead would be waited for in vain
@@ -99,7 +99,7 @@ def pair() -> Iterator[Pair]:
 
 
 def gradients_of_one(family: Family, *, tied: bool = True) -> tuple[float, dict[str, Tensor]]:
-    policy = Policy.of(tiny_model(family, tied=tied), Learner())
+    policy = Policy.of(rank_cases.model_of(family, tied=tied), Learner())
     done = accumulate(policy, pack(random_rows(12, seed=3), limit_tokens=40, device=CPU), Tis())
     return done.loss, {name: p.grad for name, p in policy.parameters.items() if p.grad is not None}
 
@@ -111,16 +111,27 @@ def test_two_ranks_give_the_gradients_of_one(pair: Pair, tmp_path: Path) -> None
         loss, expected = gradients_of_one(family, tied=tied)
         assert first["losses"][number] + second["losses"][number] == pytest.approx(loss, rel=1e-5)
         assert relative_difference(load_file(tmp_path / f"{family}.safetensors"), expected) < 1e-5
-    policy = Policy.of(tiny_model("qwen3"), Learner())
+    policy = Policy.of(rank_cases.model_of("qwen3"), Learner())
     done = accumulate(policy, [micro_batch(random_rows(5, seed=4), CPU)], Tis())
     expected = {name: p.grad for name, p in policy.parameters.items() if p.grad is not None}
     assert first["losses"][2] == pytest.approx(done.loss) and second["losses"][2] == 0.0
     assert relative_difference(load_file(tmp_path / "uneven.safetensors"), expected) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_two_gpus_give_the_gradients_of_one_cpu(tmp_path: Path) -> None:
+    with Pair(rank_timeout_s=60, device="cuda") as gpus:
+        first, second = gpus.do(rank_cases.gradients, tmp_path)
+    loss, expected = gradients_of_one("qwen3")
+    assert first["losses"][0] + second["losses"][0] == pytest.approx(loss, rel=1e-4)
+    assert relative_difference(load_file(tmp_path / "qwen3.safetensors"), expected) < 1e-4
+    assert relative_difference(load_file(tmp_path / "bfloat16.safetensors"), expected) < 0.2
+
+
 def test_each_rank_keeps_half_of_the_weights(pair: Pair, tmp_path: Path) -> None:
     found = pair.do(rank_cases.gradients, tmp_path)
-    whole = sum(p.numel() for p in tiny_model("qwen3").parameters())
+    whole = sum(p.numel() for p in rank_cases.model_of("qwen3").parameters())
     assert sum(one["local"] for one in found) == whole
     assert abs(found[0]["local"] - whole / 2) < 0.02 * whole
 
@@ -128,7 +139,7 @@ def test_each_rank_keeps_half_of_the_weights(pair: Pair, tmp_path: Path) -> None
 def test_bfloat16_on_two_ranks_means_the_same_as_on_one(pair: Pair, tmp_path: Path) -> None:
     pair.do(rank_cases.gradients, tmp_path)
     _, exact = gradients_of_one("qwen3")
-    policy = Policy.of(tiny_model("qwen3"), Learner(dtype="bfloat16"))
+    policy = Policy.of(rank_cases.model_of("qwen3"), Learner(dtype="bfloat16"))
     accumulate(policy, pack(random_rows(12, seed=3), limit_tokens=40, device=CPU), Tis())
     one = {name: p.grad for name, p in policy.parameters.items() if p.grad is not None}
     two = load_file(tmp_path / "bfloat16.safetensors")

@@ -9,13 +9,13 @@ import torch
 
 from benchmarks.real_model import distance, exactness, peak_tflops, timed
 from matpo.config import Config, Learner
-from tests.learner.trainer.models import tiny_model
+from tests.learner.trainer.models import GPU_HEAD_WIDTH, tiny_model
 from tests.learner.trainer.test_exactness import random_rows
 from tests.learner.trainer.test_step import config_with
 
 
 def config_of(folder: Path) -> Config:
-    tiny_model("llama").save_pretrained(folder)
+    tiny_model("llama", head_width=GPU_HEAD_WIDTH).save_pretrained(folder)
     given = config_with()
     return given.model_copy(update={"model": given.model.model_copy(update={"path": folder})})
 
