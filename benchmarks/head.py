@@ -85,7 +85,7 @@ WAYS: dict[str, Callable[[Case], Tensor]] = {"whole": whole, "chunked": chunked}
 def extra_bytes(way: str, tokens: int) -> int:
     """Peak memory of one way in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.head", "--measure", way, "--tokens", str(tokens)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=True)
     return int(done.stdout)
 
 

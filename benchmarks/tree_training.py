@@ -91,6 +91,7 @@ def side_by_side(samples: Sequence[Sample], plan: Callable[[Trie], AttentionPlan
         advantage_T=joined(lambda one: one.advantage_T),
         weight_T=joined(lambda one: one.weight_T),
         role_T=joined(lambda one: one.role_T),
+        trajectory_T=torch.cat([torch.full_like(one.role_T, number) for number, one in enumerate(alone)]),
     )
 
 
