@@ -1,6 +1,7 @@
 """What each of two ranks does in test_ranks.py: `python -m tests.learner.trainer.rank_cases` is one of them.
 
-A rank reads the name of a case and a folder from a line of its input, and prints what it found as a line of JSON.
+A rank reads the name of a case, a folder and perhaps what is trained from a line of its input, and prints what it found
+as a line of JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from learner.trainer.report import StepReport, merged
 from learner.trainer.setup import make_deterministic
 from learner.trainer.sharding import Whole
 from learner.trainer.step import accumulate, make_optimizer, train_step
-from matpo.config import Learner, Tis
+from matpo.config import Learner, Lora, Tis
 from matpo.folder import RunFolder
 from matpo.load import load_config
 from matpo.metrics import MetricsFile
@@ -40,6 +41,7 @@ from tests.learner.trainer.test_exactness import random_rows
 
 Found = dict[str, Any]  # JSON of a case's own shape
 ADAM = Learner(lr=1e-2, optimizer_steps_per_batch=2)
+TRAINED = {"all": None, "adapter": Lora(rank=2)}
 
 
 def model_of(family: Family, *, tied: bool = True) -> PreTrainedModel:
@@ -47,13 +49,15 @@ def model_of(family: Family, *, tied: bool = True) -> PreTrainedModel:
     return tiny_model(family, tied=tied, head_width=GPU_HEAD_WIDTH)
 
 
-def policy_of(ranks: Ranks, learner: Learner, family: Family = "qwen3", *, tied: bool = True) -> Policy:
+def policy_of(
+    ranks: Ranks, learner: Learner, family: Family = "qwen3", *, tied: bool = True, lora: Lora | None = None
+) -> Policy:
     """A tiny policy over the ranks; the others have no weights of their own."""
     model = model_of(family, tied=tied)
     if not ranks.first:
         torch.nn.Module.to(model, "meta")
         model.tie_weights()
-    return Policy.of(model, learner.model_copy(update={"device": ranks.device.type}), ranks=ranks)
+    return Policy.of(model, learner.model_copy(update={"device": ranks.device.type}), lora, ranks=ranks)
 
 
 def step_rows(step: int) -> list[Sample]:
@@ -91,9 +95,11 @@ def gradients(ranks: Ranks, folder: Path) -> Found:
     return {"losses": losses, "local": local}
 
 
-def finish(ranks: Ranks, checkpoints: Path, *, start: int, end: int, save_at: int | None = None) -> Policy:
+def finish(
+    ranks: Ranks, checkpoints: Path, trained: str, *, start: int, end: int, save_at: int | None = None
+) -> Policy:
     """Take steps `start` + 1 … `end` from the newest checkpoint, or from the beginning."""
-    policy = policy_of(ranks, ADAM)
+    policy = policy_of(ranks, ADAM, lora=TRAINED[trained])
     optimizer = make_optimizer(policy, ADAM)
     kept = Checkpoints(checkpoints, 2, ranks)
     state = kept.restore(policy, optimizer)
@@ -106,18 +112,18 @@ def finish(ranks: Ranks, checkpoints: Path, *, start: int, end: int, save_at: in
     return policy
 
 
-def save_at_2_and_go_on_to_4(ranks: Ranks, folder: Path) -> Found:
-    finish(ranks, folder, start=0, end=4, save_at=2)
+def save_at_2_and_go_on_to_4(ranks: Ranks, folder: Path, trained: str) -> Found:
+    finish(ranks, folder, trained, start=0, end=4, save_at=2)
     return {}
 
 
-def resume_at_2(ranks: Ranks, folder: Path) -> Found:
-    finish(ranks, folder, start=2, end=4)
+def resume_at_2(ranks: Ranks, folder: Path, trained: str) -> Found:
+    finish(ranks, folder, trained, start=2, end=4)
     return {}
 
 
-def load_and_save_again(ranks: Ranks, folder: Path) -> Found:
-    finish(ranks, folder, start=2, end=2)
+def load_and_save_again(ranks: Ranks, folder: Path, trained: str) -> Found:
+    finish(ranks, folder, trained, start=2, end=2)
     return {}
 
 
@@ -177,7 +183,7 @@ def stand_still_on_the_second_rank(ranks: Ranks, _: Path) -> Found:
     return {}
 
 
-CASES: dict[str, Callable[[Ranks, Path], Found]] = {
+CASES: dict[str, Callable[..., Found]] = {
     case.__name__: case
     for case in (
         gradients,
@@ -198,8 +204,8 @@ def main() -> None:
     make_deterministic(threads=1, seed=0)
     with joined(Learner(rank_timeout_s=float(sys.argv[1]), device=sys.argv[2])) as ranks:
         for line in sys.stdin:
-            name, folder = line.split()
-            sys.stdout.write(orjson.dumps(CASES[name](ranks, Path(folder))).decode() + "\n")
+            name, folder, *trained = line.split()
+            sys.stdout.write(orjson.dumps(CASES[name](ranks, Path(folder), *trained)).decode() + "\n")
             sys.stdout.flush()
 
 

@@ -20,7 +20,7 @@ from pydantic import JsonValue
 from safetensors.torch import load_file
 from torch import Tensor
 
-from learner.trainer.checkpoint import MODEL, OPTIMIZER
+from learner.trainer.checkpoint import OPTIMIZER
 from learner.trainer.model import Policy
 from learner.trainer.pack import micro_batch, pack
 from learner.trainer.ranks import ALONE, joined
@@ -65,10 +65,10 @@ class Pair:
             rank.kill()
             rank.communicate()
 
-    def begin(self, case: Callable[..., Found], folder: Path) -> None:
+    def begin(self, case: Callable[..., Found], folder: Path, *trained: str) -> None:
         for rank in self._ranks:
             assert rank.stdin is not None
-            rank.stdin.write(f"{case.__name__} {folder}\n".encode())
+            rank.stdin.write((" ".join([case.__name__, str(folder), *trained]) + "\n").encode())
             rank.stdin.flush()
 
     def answer(self, rank: int) -> Found:
@@ -87,8 +87,8 @@ class Pair:
                     return found
         raise TimeoutError(f"rank {rank} gave no answer within {ANSWER_LIMIT_S:g} s")
 
-    def do(self, case: Callable[..., Found], folder: Path) -> list[Found]:
-        self.begin(case, folder)
+    def do(self, case: Callable[..., Found], folder: Path, *trained: str) -> list[Found]:
+        self.begin(case, folder, *trained)
         return [self.answer(rank) for rank in range(2)]
 
 
@@ -163,9 +163,14 @@ def test_the_report_of_two_ranks_is_that_of_one(pair: Pair, tmp_path: Path) -> N
         assert two.roles[role].model_dump() == pytest.approx(figures.model_dump(), rel=1e-5, abs=1e-6)
 
 
+def weights(folder: Path, step: int) -> dict[str, Tensor]:
+    """Of a checkpoint: the model's or the adapter's."""
+    (path,) = (folder / f"step-{step:06d}").glob("*model.safetensors")
+    return load_file(path)
+
+
 def checkpoint(folder: Path, step: int) -> dict[str, Tensor]:
-    path = folder / f"step-{step:06d}"
-    return load_file(path / MODEL) | load_file(path / OPTIMIZER)
+    return weights(folder, step) | load_file(folder / f"step-{step:06d}" / OPTIMIZER)
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -179,21 +184,25 @@ def step_2_of(source: Path, made: Path) -> Path:
     return made
 
 
-def test_two_ranks_go_on_from_their_checkpoint_bit_for_bit(pair: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trained", rank_cases.TRAINED)
+def test_two_ranks_go_on_from_their_checkpoint_bit_for_bit(pair: Pair, tmp_path: Path, trained: str) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    pair.do(rank_cases.save_at_2_and_go_on_to_4, whole)
-    pair.do(rank_cases.resume_at_2, step_2_of(whole, resumed))
+    pair.do(rank_cases.save_at_2_and_go_on_to_4, whole, trained)
+    pair.do(rank_cases.resume_at_2, step_2_of(whole, resumed), trained)
     assert_same(checkpoint(resumed, 4), checkpoint(whole, 4))
 
 
+@pytest.mark.parametrize("trained", rank_cases.TRAINED)
 @pytest.mark.parametrize("saved_by", [1, 2])
-def test_a_checkpoint_does_not_depend_on_the_number_of_ranks(pair: Pair, tmp_path: Path, saved_by: int) -> None:
+def test_a_checkpoint_does_not_depend_on_the_number_of_ranks(
+    pair: Pair, tmp_path: Path, saved_by: int, trained: str
+) -> None:
     def on(ranks: int, case: Callable[..., Found], folder: Path) -> None:
         if ranks == 2:
-            pair.do(case, folder)
+            pair.do(case, folder, trained)
         else:
             make_deterministic(threads=1, seed=0)
-            case(ALONE, folder)
+            case(ALONE, folder, trained)
 
     whole, again, other = (tmp_path / name for name in ("whole", "again", "other"))
     on(saved_by, rank_cases.save_at_2_and_go_on_to_4, whole)
@@ -201,8 +210,7 @@ def test_a_checkpoint_does_not_depend_on_the_number_of_ranks(pair: Pair, tmp_pat
     assert_same(checkpoint(again, 2), checkpoint(whole, 2))
     on(3 - saved_by, rank_cases.resume_at_2, step_2_of(whole, other))
     # Sums over ranks round in another order, and Adam divides by their size: equal to float32's precision, not in bits.
-    one, two = load_file(whole / "step-000004" / MODEL), load_file(other / "step-000004" / MODEL)
-    assert relative_difference(one, two) < 1e-6
+    assert relative_difference(weights(whole, 4), weights(other, 4)) < 1e-6
 
 
 KINDS: dict[str, tuple[dict[str, JsonValue], dict[str, JsonValue]]] = {
