@@ -38,12 +38,12 @@ CPU = torch.device("cpu")
 BIN_TOKENS = 4096
 VOCABULARY = 2048
 SHAPES = {
-    "append_only": Episodes("append_only", trees=3, workers=(1, 1), turns=(4, 6), system=600),
-    "context_edited": Episodes("context_edited", trees=3, workers=(1, 1), turns=(4, 6), system=450),
-    "per_turn": Episodes("per_turn", trees=3, workers=(1, 1), turns=(4, 6), system=300),
+    "append_only": Episodes("append_only", trees=3, workers=(1, 1), turns=(3, 5), system=400),
+    "context_edited": Episodes("context_edited", trees=3, workers=(1, 1), turns=(3, 5), system=300),
+    "per_turn": Episodes("per_turn", trees=3, workers=(1, 1), turns=(3, 5), system=200),
 }
 """Three trees of one task, a planner and a worker each."""
-QUICK = {name: replace(shape, trees=2, system=150, turns=(3, 4)) for name, shape in SHAPES.items()}
+QUICK = {name: replace(shape, trees=2, system=150, turns=(2, 4)) for name, shape in SHAPES.items()}
 
 
 class PaddedPlan(AttentionPlan):
@@ -177,8 +177,8 @@ def measure(policy: Policy, shape: Episodes, *, repeats: int) -> dict[str, JsonV
                 continue
             seconds[name].append(way.seconds())
             gradients[name] = way.gradients()
-            spent, operations = gemm_seconds(policy, min(unique, BIN_TOKENS))
-            rates.append(operations / spent)
+        spent, operations = gemm_seconds(policy, min(unique, BIN_TOKENS))
+        rates.append(operations / spent)
     cost = sum(policy.shape.flops(batch.computed) for batch in tree)
     middle = {name: statistics.median(times) for name, times in seconds.items()}
     ratio = sum(policy.shape.flops(batch.packed) for batch in tree) / cost
