@@ -78,6 +78,12 @@ class Adapter:
         adapter.play(lora.adapters[0])
         return adapter
 
+    @property
+    def silent(self) -> int:
+        """Parameters of all adapters but the one that plays."""
+        whole, count = sum(p.numel() for p in self.parameters.values()), len(self.lora.adapters)
+        return whole * (count - 1) // count
+
     def play(self, name: str) -> None:
         """Let one of `lora.adapters` speak from now on, forward and backward."""
         for layer in self._layers():

@@ -138,7 +138,7 @@ class Policy:
             logit_scale=logit_scale_of(model),
             dtype=dtype,
             device=device,
-            shape=shape_of(model, projection),
+            shape=shape_of(model, projection, silent=0 if adapter is None else adapter.silent),
             recompute=Recompute.of(model.base_model, learner.gradient_checkpointing, device),
         )
         if ranks.first:
@@ -283,16 +283,19 @@ def logit_scale_of(model: PreTrainedModel) -> float:
     return float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
 
 
-def shape_of(model: PreTrainedModel, projection: torch.nn.Linear) -> ModelShape:
-    """The shape of a causal model; of a mixture of experts all of them count, not only those a token chooses."""
+def shape_of(model: PreTrainedModel, projection: torch.nn.Linear, *, silent: int) -> ModelShape:
+    """The shape of a causal model; of a mixture of experts all of them count, not only those a token chooses.
+
+    `silent`: trained parameters that a token is not multiplied with, of adapters other than its own.
+    """
     embedding: torch.nn.Module = model.get_input_embeddings()
     outside = {id(p) for module in (embedding, projection) for p in module.parameters()}
     config = model.config.to_dict()
     heads = config["num_attention_heads"]
     matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in outside]
     return ModelShape(
-        body_parameters=sum(p.numel() for p in matrices),
-        trained_parameters=sum(p.numel() for p in matrices if p.requires_grad),
+        body_parameters=sum(p.numel() for p in matrices) - silent,
+        trained_parameters=sum(p.numel() for p in matrices if p.requires_grad) - silent,
         layers=config["num_hidden_layers"],
         attention_width=heads * (config.get("head_dim") or config["hidden_size"] // heads),
         hidden=projection.in_features,
