@@ -175,10 +175,13 @@ def test_a_model_tells_its_own_shape() -> None:
         body_parameters=body, trained_parameters=body, layers=2, attention_width=32, hidden=16, vocabulary=13
     )
     assert Policy.of(tiny_model("llama"), Learner()).shape == shape
-    adapted = Policy.of(tiny_model("llama"), Learner(), Lora(rank=3, target_modules=("q_proj", "down_proj"))).shape
+    lora = Lora(rank=3, target_modules=("q_proj", "down_proj"))
+    adapted = Policy.of(tiny_model("llama"), Learner(), lora).shape
     factors = 2 * 3 * ((16 + 32) + (24 + 16))  # A and B of q and of down, in two layers
     assert (adapted.body_parameters, adapted.trained_parameters) == (body + factors, factors)
     assert not adapted.head_trained
+    several = lora.model_copy(update={"roles": {"planner": "own", "worker": "own"}})
+    assert Policy.of(tiny_model("llama"), Learner(), several).shape == adapted  # a token meets its own alone
 
 
 def test_what_is_not_shared_is_counted_as_it_is_computed() -> None:
