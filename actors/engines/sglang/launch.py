@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -141,6 +142,8 @@ async def launched(
         with anyio.CancelScope(shield=True):
             if process.stdin is not None:
                 await process.stdin.aclose()
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)  # a leash that was frozen with its server cannot let go of it
             await process.wait()
             await process.aclose()
 
