@@ -38,6 +38,7 @@ from matpo.section import Device, Name, Section
 from matpo.tools_config import McpServer as McpServer
 from matpo.tools_config import ServerExtras as ServerExtras
 from matpo.tools_config import Tools as Tools
+from matpo.trained_roles import contradiction
 from matpo.weights_config import ActorWeights as ActorWeights
 from matpo.workflow_config import PlannerWorker, SingleAgent, Workflow, cast
 
@@ -319,9 +320,6 @@ class Config(Section):
                 f"hub.keep_trained = {self.hub.keep_trained!r} needs a checkpoint to fall back to; set"
                 " learner.keep_checkpoints to 2 or more"
             )
-        unknown = sorted(set(self.learner.role_factors) - set(self.episode.roles))
-        if unknown:
-            raise ValueError(f"learner.role_factors names {unknown}, not among {sorted(self.episode.roles)}")
         engine = self.actor.engine
         if self.actor.count > 1 and isinstance(engine, SglangEngine) and engine.exclusive:
             raise ValueError(
@@ -333,13 +331,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _adapters_played(self) -> Config:
-        given = {} if self.model.lora is None else self.model.lora.roles
-        if given and set(given) != set(self.episode.roles):
-            raise ValueError(f"model.lora.roles names {sorted(given)}; name each of {sorted(self.episode.roles)}")
-        frozen = {role for role, kind in given.items() if kind == "frozen"}
-        if both := sorted(frozen & set(self.learner.role_factors)):
-            raise ValueError(f"learner.role_factors of {both} have no effect: model.lora.roles freezes them")
+    def _roles_trained(self) -> Config:
+        roles = self.episode.roles
+        reason = contradiction(
+            self.model.lora,
+            self.learner.role_factors,
+            roles=roles,
+            elsewhere=[name for name, role in roles.items() if role.endpoint is not None],
+            greedy=[name for name, role in roles.items() if role.sampling.temperature == 0],
+        )
+        if reason is not None:
+            raise ValueError(reason)
         return self
 
     @model_validator(mode="after")

@@ -13,14 +13,12 @@ from matpo.section import Section
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What an objective looks at beside a token's own π, μ and A: what it costs and what it can be combined with."""
+    """What an objective looks at beside a token's own π, μ and A, and what that costs."""
 
     old_policy: bool = False
     """π_old. With one optimizer step per batch it is the current policy; with several the first one's is kept."""
     trajectory: bool = False
     """The mean log-ratio of the token's trajectory: the head's forward pass runs twice."""
-    one_advantage: bool = False
-    """Every token of a trajectory must have the same advantage."""
     whole_step: bool = False
     """All tokens of the step at once: one forward pass before the first optimizer step."""
 
@@ -54,7 +52,6 @@ class Terms(Section):
         return Needs(
             old_policy=own.old_policy,
             trajectory=own.trajectory or self.sequence_mask is not None,
-            one_advantage=own.one_advantage,
             whole_step=own.whole_step,
         )
 
@@ -116,7 +113,7 @@ class Cispo(Terms):
 class Gspo(Terms):
     """Clipped surrogate on the geometric mean of π/μ over a trajectory."""
 
-    own_needs: ClassVar[Needs] = Needs(trajectory=True, one_advantage=True)
+    own_needs: ClassVar[Needs] = Needs(trajectory=True)
     name: Literal["gspo"] = "gspo"
     clip_low: float = Field(default=0.01, gt=0, lt=1)
     """The paper has 3e-4 and 4e-4, against a policy a few updates old on the learner's own arithmetic."""

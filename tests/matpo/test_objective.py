@@ -311,9 +311,8 @@ def test_what_is_needed_and_missing_is_refused(objective: Objective, match: str)
 def test_objectives_say_what_they_need() -> None:
     assert [o.name for o in EVERY if o.needs.old_policy] == ["decoupled"]
     assert [o.name for o in EVERY if o.needs.trajectory] == ["gspo"]
-    assert [o.name for o in EVERY if o.needs.one_advantage] == ["gspo"]
     assert [o.name for o in EVERY if o.needs.whole_step] == ["m2po"]
-    assert Tis(sequence_mask=0.1).needs.trajectory and not Tis(sequence_mask=0.1).needs.one_advantage
+    assert Tis(sequence_mask=0.1).needs.trajectory
 
 
 def report(pi: list[float], mu: list[float], advantage: list[float]) -> PolicyReport:

@@ -224,6 +224,25 @@ KINDS: dict[str, tuple[dict[str, JsonValue], dict[str, JsonValue]]] = {
         {"lora": {"rank": 3, "target_modules": ["q_proj", "down_proj"]}},
     ),
     "a merged adapter": ({}, {"lora": {"rank": 3, "target_modules": ["q_proj", "down_proj"], "publish": "merged"}}),
+    "a worker's own adapter": (
+        {},
+        {
+            "lora": {
+                "rank": 3,
+                "target_modules": ["q_proj", "down_proj"],
+                "roles": {"planner": "shared", "worker": "own"},
+            }
+        },
+    ),
+    "outliers of the whole step": ({"objective": {"name": "m2po", "threshold": 1.0}}, {}),
+    "whole trajectories, two optimizer steps": (
+        {
+            "objective": {"name": "gspo", "clip_low": 0.5, "clip_high": 0.5},
+            "optimizer_steps_per_batch": 2,
+            "ess_guard": True,
+        },
+        {},
+    ),
     "bfloat16": ({"dtype": "bfloat16"}, {}),
     "an adapter in bfloat16": ({"dtype": "bfloat16"}, {"lora": {"rank": 3, "target_modules": ["q_proj", "down_proj"]}}),
 }

@@ -133,15 +133,28 @@ def test_several_adapters_cannot_be_merged_into_one_model() -> None:
         Lora.model_validate({"publish": "merged", "roles": {"planner": "own", "worker": "shared"}})
 
 
-def test_a_config_names_every_role_once_it_names_one() -> None:
-    content = config_with().model_dump()
-    content["model"]["lora"] = {"roles": {"planner": "own"}}
+def config_as(lora: dict[str, str], **learner: object) -> Config:
+    content = config_with(**learner).model_dump()
+    content["model"]["lora"] = {"roles": lora} if lora else None
+    return Config.model_validate(content)
+
+
+def test_settings_that_contradict_who_is_trained_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"names \['planner'\]; name each of \['planner', 'worker'\]"):
-        Config.model_validate(content)
-    content["model"]["lora"] = {"roles": {"planner": "own", "worker": "frozen"}}
-    content["learner"]["role_factors"] = {"worker": 2.0}
+        config_as({"planner": "own"})
     with pytest.raises(ValidationError, match="have no effect: model"):
+        config_as({"planner": "own", "worker": "frozen"}, role_factors={"worker": 2.0})
+    with pytest.raises(ValidationError, match="no role is trained"):
+        config_as({}, role_factors={"planner": 0.0, "worker": 0.0})
+
+
+def test_a_greedy_role_cannot_be_trained_but_may_be_frozen() -> None:
+    content = config_with().model_dump()
+    content["episode"]["roles"]["worker"]["sampling"]["temperature"] = 0.0
+    with pytest.raises(ValidationError, match=r"the roles \['worker'\] are sampled at temperature 0"):
         Config.model_validate(content)
+    content["learner"]["role_factors"] = {"worker": 0.0}
+    assert Config.model_validate(content).learner.role_factors == {"worker": 0.0}
 
 
 def test_a_run_trains_publishes_saves_and_replays_every_adapter(tmp_path: Path) -> None:
