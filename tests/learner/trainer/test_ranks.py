@@ -235,14 +235,6 @@ KINDS: dict[str, tuple[dict[str, JsonValue], dict[str, JsonValue]]] = {
         },
     ),
     "outliers of the whole step": ({"objective": {"name": "m2po", "threshold": 1.0}}, {}),
-    "whole trajectories, two optimizer steps": (
-        {
-            "objective": {"name": "gspo", "clip_low": 0.5, "clip_high": 0.5},
-            "optimizer_steps_per_batch": 2,
-            "ess_guard": True,
-        },
-        {},
-    ),
     "bfloat16": ({"dtype": "bfloat16"}, {}),
     "an adapter in bfloat16": ({"dtype": "bfloat16"}, {"lora": {"rank": 3, "target_modules": ["q_proj", "down_proj"]}}),
 }
