@@ -24,7 +24,7 @@ from tests.learner.trainer.test_exactness import CPU
 from tests.learner.trainer.test_step import config_with
 from tests.matpo.trees import trajectory, tree
 
-SHAPE = ModelShape(body_parameters=1, trained_parameters=1, trained_parameters=1, layers=1, attention_width=1, hidden=1, vocabulary=13)
+SHAPE = ModelShape(body_parameters=1, trained_parameters=1, layers=1, attention_width=1, hidden=1, vocabulary=13)
 
 
 def prepared(trees: list[EpisodeTree], **learner: object) -> StepInput:
