@@ -181,11 +181,9 @@ def _merging(folder: Path, lora: Lora, player: str | None) -> Callable[[Weights]
 def _worker(architecture: Architecture, settings: Settings, *, ends: tuple[int, ...], seed: int) -> Worker:
     """The worker with its memory. Raises `UserError` for a device that is not there or too small."""
     try:
-        kind = torch.empty(0, device=settings.device).device.type
+        torch.empty(0, device=settings.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"actor.engine.device {settings.device!r} cannot be used: {reason_of(error)}") from error
-    if kind not in ("cpu", "cuda"):
-        raise UserError(f"actor.engine.device {settings.device!r} is not supported; use cpu or cuda:0")
     post = asyncio.get_running_loop().call_soon_threadsafe
     try:
         return Worker(architecture, settings, ends=ends, seed=seed, post=post)

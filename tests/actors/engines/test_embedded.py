@@ -196,10 +196,9 @@ def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> Non
 
 async def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
     make_model("qwen3", tmp_path)
-    for device in ("nonsense", "meta"):
-        with pytest.raises(UserError, match=f"'{device}'"):
-            async with EmbeddedEngine.open(tmp_path, Settings(device=device, max_context_tokens=64), seed=0):
-                pass
+    with pytest.raises(UserError, match=r"'cuda:99' cannot be used"):
+        async with EmbeddedEngine.open(tmp_path, Settings(device="cuda:99", max_context_tokens=64), seed=0):
+            pass
 
 
 async def test_more_memory_than_there_is_is_refused_naming_the_options(tmp_path: Path) -> None:
