@@ -71,7 +71,7 @@ def supervisor(folder: RunFolder, owner: Owner, *, ranks: int) -> Supervisor:
         outlived_by=[hub],
     )
     limit_s = LAUNCHED_LEAVE_LIMIT_S if launched else TRAINER_LEAVE_LIMIT_S
-    return Supervisor(hub=hub, trainer=trainer, owner=owner, trainer_leave_limit_s=limit_s)
+    return Supervisor(hub=hub, trainer=trainer, owner=owner, launched=launched, trainer_leave_limit_s=limit_s)
 
 
 def prepare(config: Path | None, overrides: Sequence[str], run: Path | None) -> RunFolder:

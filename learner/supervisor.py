@@ -30,6 +30,8 @@ class Supervisor:
     hub: Kept
     trainer: Kept
     owner: Owner
+    launched: bool = False
+    """The trainer is one of several ranks that a launcher starts again together, this process among them."""
     trainer_leave_limit_s: float = TRAINER_LEAVE_LIMIT_S
     hub_leave_limit_s: float = HUB_LEAVE_LIMIT_S
     _stopping: anyio.Event = field(default_factory=anyio.Event)
@@ -69,5 +71,8 @@ class Supervisor:
     async def _drain(self) -> None:
         """The trainer first: it needs the hub to record the step it is in before it saves."""
         await self._stopping.wait()
-        await self.trainer.end(self.trainer_leave_limit_s)
-        await self.hub.end(self.hub_leave_limit_s)
+        code = await self.trainer.end(self.trainer_leave_limit_s)
+        if self.launched and code not in (0, INTERRUPTED):
+            self.hub.kill()  # an orderly end would send the actors home, and the launcher is about to start all again
+        else:
+            await self.hub.end(self.hub_leave_limit_s)

@@ -78,6 +78,7 @@ class Kept:
         self._link.setblocking(False)
         self._inherited = [other._link.fileno() for other in outlived_by]
         self._process: Process | None = None
+        self._code: int | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -123,16 +124,19 @@ class Kept:
         if self._process is not None:
             await self._process.wait()
 
-    async def end(self, limit_s: float) -> None:
-        """Tell it to finish what it does and leave; when it has not after `limit_s`, it is killed."""
+    async def end(self, limit_s: float) -> int | None:
+        """Tell it to finish what it does and leave; when it has not after `limit_s`, it is killed.
+
+        Returns the exit code of the last process there was, None if there was none.
+        """
         process = self._process
         if process is None:
-            return
+            return self._code
         self.signal(signal.SIGTERM)
         with anyio.move_on_after(limit_s):
-            await process.wait()
-            return
+            return await process.wait()
         self.kill()
+        return -signal.SIGKILL
 
     def signal(self, number: signal.Signals) -> None:
         if self._process is not None:
@@ -176,7 +180,7 @@ class Kept:
             tasks.start_soon(self._watch, name=f"watch {self.name}")
             code = await process.wait()
             tasks.cancel_scope.cancel()
-        self._process = None
+        self._process, self._code = None, code
         log.info("ended", child=self.name, code=code)
         return code
 
