@@ -24,3 +24,8 @@ def local_rank() -> int:
 def rank_name(rank: int) -> str:
     """What a rank's log is called: `trainer`, and beyond the first `trainer-1`, `trainer-2`, …"""
     return f"trainer-{rank}" if rank else "trainer"
+
+
+def restarts() -> int:
+    """How often the launcher has started all ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

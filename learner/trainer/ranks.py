@@ -16,10 +16,12 @@ from typing import Final
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from matpo.config import Learner
 from matpo.errors import UserError
-from matpo.launched import launched_ranks, local_rank, own_rank
+from matpo.launched import launched_ranks, local_rank, own_rank, restarts
 
 CPU: Final = torch.device("cpu")
 
@@ -100,7 +102,11 @@ def joined(learner: Learner) -> Iterator[Ranks]:
     device = _device(learner.device, local_rank())
     # What ranks tell each other lies in host memory; NCCL opens no connection before the first tensor on a GPU.
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=learner.rank_timeout_s))
+    limit = timedelta(seconds=learner.rank_timeout_s)
+    store, _, _ = next(rendezvous("env://", rank, count, timeout=limit))
+    # A launcher may keep one store for all its restarts, and in it the addresses of ranks that have ended.
+    store = PrefixStore(f"start-{restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
     yield Ranks(rank, count, device)
     dist.destroy_process_group()  # not after an error: it might wait for the rank that is lost
 
