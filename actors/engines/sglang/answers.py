@@ -56,11 +56,13 @@ def parse_answer(content: bytes, *, filtered: bool) -> Answer:
     try:
         reply = orjson.loads(_with_bare_rows(content))
         meta = reply["meta_info"]
-        ids = reply["output_ids"]
-        tokens = np.fromiter(ids, dtype=np.int32, count=len(ids))
+        finish, detail = _finish(meta.get("finish_reason"))
         rows = meta.get("output_token_logprobs") or []
         if rows and isinstance(rows[0], list):
             rows = list(chain.from_iterable(rows))
+        # The last event of an aborted stream repeats the last token, though it may have been sent; its rows do not.
+        ids = rows[1::3] if finish == "abort" else reply["output_ids"]
+        tokens = np.fromiter(ids, dtype=np.int32, count=len(ids))
         if rows[1::3] != ids:
             raise BadAnswer(
                 f"the server reports log-probabilities of {len(rows) // 3} tokens for {len(ids)} other ones"
@@ -68,9 +70,8 @@ def parse_answer(content: bytes, *, filtered: bool) -> Answer:
         logprobs = np.fromiter(rows[::3], dtype=np.float32, count=len(ids))
         if logprobs.max(initial=0) > 1:
             raise BadAnswer("the server reports a log-probability that is none")
-        if filtered:
+        if filtered and ids:
             logprobs = _of_support(meta.get("output_token_sampling_logprobs"), len(tokens))
-        finish, detail = _finish(meta.get("finish_reason"))
         spans = meta.get("weight_versions")
         return Answer(
             tokens=tokens,

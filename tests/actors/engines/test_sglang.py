@@ -19,6 +19,7 @@ from actors.engines.sglang.client import Request
 from actors.engines.sglang.engine import SglangEngine
 from actors.engines.sglang.launch import command, environment, gpu_groups
 from actors.engines.sglang.model import read_facts
+from actors.engines.sglang.progress import Reply
 from matpo.config import Sampling
 from matpo.config import SglangEngine as Settings
 from matpo.errors import UserError
@@ -191,6 +192,22 @@ def test_gpus_are_given_out_in_order_or_as_told_and_counted_among_those_visible(
 def test_a_reply_that_is_not_what_was_promised_is_refused(content: bytes, message: str) -> None:
     with pytest.raises(BadAnswer, match=message):
         parse_answer(content, filtered=False)
+
+
+@pytest.mark.parametrize("unsent", [0, 2])
+def test_the_last_event_of_an_aborted_stream_repeats_no_token(unsent: int) -> None:
+    sent = answer(1, 4, "3", finished=False)
+    echo = answer(1, 4 + unsent, "3", finished=False)
+    meta, ids = echo["meta_info"], echo["output_ids"]
+    assert isinstance(meta, dict) and isinstance(ids, list)
+    echo["output_ids"] = ids[-1:]
+    meta["finish_reason"] = {"type": "abort", "message": "Abort in waiting queue"}
+    meta["output_token_logprobs"] = [[-0.6931472, token, None] for token in ids[4:]]
+    reply = Reply(sent_with=3, to_the_end=False)
+    for event in (sent, echo):
+        reply.take(parse_answer(json.dumps(event).encode(), filtered=False))
+    assert reply.count == 4 + unsent
+    assert reply.last.finish == "abort"
 
 
 def test_versions_come_from_the_spans_and_a_gap_is_refused() -> None:
