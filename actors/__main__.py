@@ -7,7 +7,7 @@ import re
 import signal
 import socket
 import zlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +104,7 @@ async def run_actor(place: Place) -> None:
         )
         watch = Watch(place.actor_id, engine, own=(player, follower), tools=tools)
         session = Session(client, hello, welcome, outbox=outbox, player=player, follower=follower, watch=watch)
+        signals = stack.enter_context(anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
         log.info("ready", hub=place.hub, run=welcome.run, outbox_trees=len(outbox))
         tasks = await enter(anyio.create_task_group())
         tasks.start_soon(place.owner.beat_forever, name="beats")
@@ -114,7 +115,7 @@ async def run_actor(place: Place) -> None:
         tasks.start_soon(outbox.upload, client, name="upload trees")
         tasks.start_soon(follower.run, name="follow weights")
         tasks.start_soon(player.run, name="play")
-        tasks.start_soon(leave_on_signal, session, name="signals")
+        tasks.start_soon(leave_on_signal, session, signals, name="signals")
         tasks.start_soon(keep_small, name="heap")
         await session.ended.wait()
         counts = {"episodes": player.counts, "dropped": outbox.dropped, "weights_repaired": follower.failures}
@@ -134,15 +135,14 @@ async def play_lease(lease: Lease, episode: int, stage: Stage) -> EpisodeTree:
     )
 
 
-async def leave_on_signal(session: Session) -> None:
+async def leave_on_signal(session: Session, signals: AsyncIterator[signal.Signals]) -> None:
     """The first SIGTERM or SIGINT finishes what is under way and says goodbye; a second leaves at once."""
     async with anyio.create_task_group() as leaving:
-        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for number in signals:
-                if session.leaving:
-                    session.ended.set()
-                else:
-                    leaving.start_soon(session.leave, signal.Signals(number).name)
+        async for number in signals:
+            if session.leaving:
+                session.ended.set()
+            else:
+                leaving.start_soon(session.leave, number.name)
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Place, Path | None]:
