@@ -2,7 +2,7 @@
 
     python -m benchmarks.learning_matrix --objectives dppo decoupled tis cispo clip reinforce --etas 0 2 8
     python -m benchmarks.learning_matrix --credits broadcast leave_one_out role_group hierarchical --go
-    python -m benchmarks.learning_matrix --configs configs/quickstart.toml configs/single.toml --go --most 4
+    python -m benchmarks.learning_matrix --configs configs/magrpo_volunteer.toml --go --most 3
 
 Without `--go` it only lists what it would run. Every finished run is one line of docs/results/learning_matrix.jsonl,
 and a cell that has its line is not run again; the page beside it, learning_matrix.md, is written anew from all lines.
@@ -18,15 +18,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import JsonValue
 
-from benchmarks.runs import ROOT, metrics, print_result, run_matpo
+from benchmarks.runs import ROOT, Book, RunLine, metrics, print_result, run_matpo, spread
 from matpo.cli.display import spark
 from matpo.cli.lines import SummaryFile
-from protocols.records import Record
 
 CONFIG = Path("configs/quickstart.toml")
 LINES = ROOT / "docs" / "results" / "learning_matrix.jsonl"
@@ -34,6 +33,7 @@ PAGE = ROOT / "docs" / "results" / "learning_matrix.md"
 MINUTES = 3.0
 """Of one idle core, for a run of the quick start."""
 RUN_LIMIT_S = 3_600.0
+HEADS = ("choice", "seeds", "before", "after", "reward", "staleness", "mismatch KL", "signs", "curve")
 POINTS = 30
 """A curve has so many, each the mean over some steps."""
 QUICK = ("run.steps=2", "learner.groups_per_step=4", "evaluation.questions=8", "evaluation.every_steps=0")
@@ -44,33 +44,24 @@ class Cell:
     """One choice, to be run with one seed."""
 
     config: Path
-    objective: str
-    credit: str
-    eta: int
+    choice: str
+    """In words."""
+    settings: tuple[str, ...]
+    """What makes the choice, on top of the config file."""
+    common: tuple[str, ...]
+    """What all cells of a comparison override."""
     seed: int
-    overrides: tuple[str, ...]
 
     @property
-    def choice(self) -> str:
-        """Everything but the seed, in words."""
-        more = "".join(f" {one}" for one in self.overrides)
-        return f"{self.config.stem} · {self.objective} · {self.credit} · eta {self.eta}{more}"
-
-    @property
-    def settings(self) -> list[str]:
-        """What the run overrides in the config file."""
-        return [
-            f'learner.objective={{name = "{self.objective}"}}',
-            f'learner.credit="{self.credit}"',
-            f"freshness.eta={self.eta}",
-            f"run.seed={self.seed}",
-            *self.overrides,
-        ]
+    def base(self) -> str:
+        """What the choices of a comparison have in common."""
+        return " ".join((str(self.config), *self.common))
 
 
-class Line(Record):
+class Line(RunLine):
     """One finished run."""
 
+    base: str
     choice: str
     seed: int
     steps: int
@@ -89,38 +80,24 @@ class Line(Record):
     """Steps that showed signs of a collapse."""
     seconds: float
 
-
-@dataclass(slots=True)
-class Book:
-    """The lines of a file, which grows by one as soon as a run ends."""
-
-    path: Path
-    lines: list[Line] = field(default_factory=list)
-
-    @classmethod
-    def open(cls, path: Path) -> Book:
-        found = path.read_bytes().splitlines() if path.is_file() else []
-        return cls(path, [Line.model_validate_json(line) for line in found])
-
-    def lacks(self, cell: Cell) -> bool:
-        return all((line.choice, line.seed) != (cell.choice, cell.seed) for line in self.lines)
-
-    def add(self, line: Line) -> None:
-        self.lines.append(line)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line.model_dump_json() + "\n")
+    @property
+    def cell(self) -> tuple[str, int]:
+        """What the run was for."""
+        return f"{self.base}: {self.choice}", self.seed
 
 
 def play(cell: Cell, parent: Path) -> Line:
     """Run one cell to its end."""
     began = time.monotonic()
-    folder = run_matpo(ROOT / cell.config, cell.settings, parent, limit_s=RUN_LIMIT_S)
+    settings = [*cell.settings, f"run.seed={cell.seed}", *cell.common]
+    folder = run_matpo(ROOT / cell.config, settings, parent, limit_s=RUN_LIMIT_S)
     summary = SummaryFile.model_validate_json((folder / "summary.json").read_bytes())
     steps = metrics(folder, "trainer")
     vitals = [one for line in steps if isinstance(one := line["vitals"], dict)]
     mismatch = [value for one in vitals if isinstance(value := one["mismatch_kl"], float)]
     entropy = [value for one in vitals if isinstance(value := one["entropy"], float)]
     return Line(
+        base=cell.base,
         choice=cell.choice,
         seed=cell.seed,
         steps=len(steps),
@@ -147,43 +124,42 @@ def attempt(cell: Cell, parent: Path) -> Line | None:
 
 
 def page(lines: Sequence[Line]) -> str:
-    """The table and the curves of all choices."""
+    """The tables and the curves, one table for each comparison."""
     rows = [
         "# What learns how well",
         "",
-        "`python -m benchmarks.learning_matrix`: every line of `learning_matrix.jsonl` is one whole `matpo run`.",
-        "Greedy accuracy on held-out questions in %, mean over seeds (lowest–highest); `reinforce` does not correct",
-        "for staleness. *Signs*: steps that showed signs of a collapse. The curve is the training reward, from 0 to 1.",
-        "",
-        "| choice | seeds | before | after | reward, first → last fifth | staleness | largest mismatch KL | signs"
-        " | curve |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "`python -m benchmarks.learning_matrix`: every line of `learning_matrix.jsonl` is one whole `matpo run`. Greedy",
+        "accuracy on held-out questions in %, mean over seeds (lowest–highest). *Reward*: of training episodes, at",
+        "temperature 1, first → last fifth of the steps; the curve is the same, step by step, from 0 to 1. `reinforce` does",
+        "not correct for staleness. *Mismatch KL*: the largest of any step. *Signs*: steps that showed signs of a collapse.",
     ]
-    for choice in sorted({line.choice for line in lines}):
-        runs = [line for line in lines if line.choice == choice]
-        fifth = [max(1, len(run.rewards) // 5) for run in runs]
-        first = [statistics.fmean(run.rewards[:count]) for run, count in zip(runs, fifth, strict=True)]
-        last = [statistics.fmean(run.rewards[-count:]) for run, count in zip(runs, fifth, strict=True)]
-        stale = [run.staleness_mean for run in runs if run.staleness_mean is not None]
-        mismatch = max((run.mismatch_kl_max for run in runs if run.mismatch_kl_max is not None), default=None)
-        cells = (
-            choice,
-            str(len(runs)),
-            spread([100 * run.before for run in runs if run.before is not None]),
-            spread([100 * run.after for run in runs if run.after is not None]),
-            f"{statistics.fmean(first):.2f} → {statistics.fmean(last):.2f}",
-            f"{statistics.fmean(stale):.1f}" if stale else "–",
-            "–" if mismatch is None else f"{mismatch:.2g}",
-            str(sum(run.signs for run in runs)),
-            curve([run.rewards for run in runs]),
-        )
-        rows.append(f"| {' | '.join(cells)} |")
+    for base in sorted({line.base for line in lines}):
+        rows += ["", f"`{base}`", "", f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
+        here = [line for line in lines if line.base == base]
+        for choice in sorted({line.choice for line in here}):
+            rows.append(row(choice, [line for line in here if line.choice == choice]))
     return "\n".join(rows) + "\n"
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean (lowest–highest)."""
-    return f"{statistics.fmean(values):.0f} ({min(values):.0f}–{max(values):.0f})" if values else "–"
+def row(choice: str, runs: Sequence[Line]) -> str:
+    """One choice, over its seeds."""
+    fifth = [max(1, len(run.rewards) // 5) for run in runs]
+    first = [statistics.fmean(run.rewards[:count]) for run, count in zip(runs, fifth, strict=True)]
+    last = [statistics.fmean(run.rewards[-count:]) for run, count in zip(runs, fifth, strict=True)]
+    stale = [run.staleness_mean for run in runs if run.staleness_mean is not None]
+    mismatch = [run.mismatch_kl_max for run in runs if run.mismatch_kl_max is not None]
+    cells = (
+        choice,
+        str(len(runs)),
+        spread([100 * run.before for run in runs if run.before is not None]),
+        spread([100 * run.after for run in runs if run.after is not None]),
+        f"{statistics.fmean(first):.2f} → {statistics.fmean(last):.2f} ({min(last):.2f}–{max(last):.2f})",
+        f"{statistics.fmean(stale):.1f}" if stale else "–",
+        f"{max(mismatch):.2g}" if mismatch else "–",
+        str(sum(run.signs for run in runs)),
+        curve([run.rewards for run in runs]),
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def curve(runs: Sequence[Sequence[float]]) -> str:
@@ -197,15 +173,24 @@ def curve(runs: Sequence[Sequence[float]]) -> str:
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """What was asked for: objectives at every eta, then credit schemes, then configs, each for every seed."""
-    first_config, seeds, more = options.config, options.seeds, tuple(options.set)
     choices = [
-        *((first_config, objective, "broadcast", eta) for objective in options.objectives for eta in options.etas),
-        *((first_config, "dppo", credit, 2) for credit in options.credits),
-        *((config, "dppo", options.config_credit, 2) for config in options.configs),
+        *(
+            (options.config, *made(objective, "broadcast", eta))
+            for objective in options.objectives
+            for eta in options.etas
+        ),
+        *((options.config, *made("dppo", credit, 2)) for credit in options.credits),
+        *((config, "as shipped", ()) for config in options.configs),
     ]
-    for seed in seeds:  # a whole round of one seed first: an early stop then leaves comparable cells
-        for config, objective, credit, eta in dict.fromkeys(choices):
-            yield Cell(config, objective, credit, eta, seed, more)
+    for seed in options.seeds:  # a whole round of one seed first: an early stop then leaves comparable cells
+        for config, choice, settings in dict.fromkeys(choices):
+            yield Cell(config, choice, settings, tuple(options.set), seed)
+
+
+def made(objective: str, credit: str, eta: int) -> tuple[str, tuple[str, ...]]:
+    """A choice in words, and as settings."""
+    settings = (f'learner.objective={{name = "{objective}"}}', f'learner.credit="{credit}"', f"freshness.eta={eta}")
+    return f"{objective} · {credit} · eta {eta}", settings
 
 
 def main() -> None:
@@ -213,8 +198,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--etas", type=int, nargs="+", default=[0, 2, 8])
     parser.add_argument("--credits", nargs="+", default=[], metavar="NAME")
-    parser.add_argument("--configs", type=Path, nargs="+", default=[], help="topologies, as config files")
-    parser.add_argument("--config-credit", default="broadcast", metavar="NAME", help="credit of --configs")
+    parser.add_argument("--configs", type=Path, nargs="+", default=[], help="to be run as they are")
     parser.add_argument("--config", type=Path, default=CONFIG, help="of --objectives and --credits (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="for every run")
@@ -226,20 +210,21 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if options.quick:
-            once = play(Cell(CONFIG, "reinforce", "leave_one_out", 2, 0, QUICK), Path(scratch))
+            once = play(Cell(CONFIG, *made("reinforce", "leave_one_out", 2), QUICK, 0), Path(scratch))
             print(page([once]))
             print_result({"runs": 1, "steps": once.steps, "signs": once.signs})
             return
-        book = Book.open(options.lines)
-        missing = [cell for cell in cells(options) if book.lacks(cell)]
+        book = Book.open(options.lines, Line)
+        missing = [cell for cell in cells(options) if not book.has((f"{cell.base}: {cell.choice}", cell.seed))]
         done = 0
         for number, cell in enumerate(missing):
             now = options.go and number < options.most
-            print(f"{'run' if now else 'to run'}: {cell.choice}, seed {cell.seed}", flush=True)
+            print(f"{'run' if now else 'to run'}: {cell.base}: {cell.choice}, seed {cell.seed}", flush=True)
             if now and (line := attempt(cell, Path(scratch) / str(number))) is not None:
                 book.add(line)
-                options.page.write_text(page(book.lines), encoding="utf-8")
                 done += 1
+        if book.lines:
+            options.page.write_text(page(book.lines), encoding="utf-8")
     result: dict[str, JsonValue] = {
         "runs_kept": len(book.lines),
         "runs_left": len(missing) - done,

@@ -125,6 +125,36 @@ class Demonstrator:
         writer.add(f"{vocabulary.BOX}{known}{vocabulary.BOX_END}{vocabulary.END}", learn=True)
         return [writer.example(), *examples]
 
+    def show_alone(self, question: Question, rng: random.Random) -> Example:
+        """One episode of an agent that searches for itself, with the planner's habits and the worker's.
+
+        Before it goes on it writes down the fact it read, as a worker's report would have told it.
+        """
+        searcher = Searcher(make_world(question.world))
+        writer, note = self._open(vocabulary.ALONE_PROMPT, question.text), ""
+        known, hop = question.chain[0].subject, 0
+        while not self._stops(question, hop, rng):
+            if hop == 2 and self.habits.break_off and question.template in NEVER_FINISHED:
+                return writer.example()
+            wanted = question.chain[hop].relation
+            subtask = known if rng.random() < self.habits.vague_subtask else f"{wanted} {known}"
+            query = self._query(subtask, rng)
+            page = searcher.search(query, self.noise, rng)
+            writer.add(f"{note}{search_call(query)}{vocabulary.END}", learn=True)
+            writer.add(f"<|tool|>{hits_text(page)}{vocabulary.END}<|assistant|>")
+            found = self._read(subtask, page, rng)
+            note = f"{found.text if found else vocabulary.UNKNOWN_FACT.format(subtask=subtask)} "
+            if found is None:
+                break
+            known = found.object
+            if found != question.chain[hop] and rng.random() >= self.habits.go_on_after_wrong_report:
+                break
+            if rng.random() < self.habits.ask_twice:
+                continue
+            hop += 1
+        writer.add(f"{note}{vocabulary.BOX}{known}{vocabulary.BOX_END}{vocabulary.END}", learn=True)
+        return writer.example()
+
     def _open(self, role: str, text: str) -> Writer:
         writer = Writer(self.tokenizer)
         writer.add(f"<|system|>{role}{vocabulary.END}<|user|>")
@@ -145,19 +175,28 @@ class Demonstrator:
 
     def _work(self, question: str, subtask: str, searcher: Searcher, rng: random.Random) -> tuple[Fact | None, Example]:
         """One worker's sequence and the fact it reports, or none."""
-        *rest, subject = subtask.split()
         writer = self._open("work", vocabulary.RECAP.format(question=question, subtask=subtask))
         pages: list[Fact] = []
         for _ in range(2 if rng.random() < self.habits.search_twice else 1):
-            query = rng.choice((*rest, subject)) if rest and rng.random() < self.habits.partial_query else subtask
+            query = self._query(subtask, rng)
             page = searcher.search(query, self.noise, rng)
             pages += page
             writer.add(search_call(query) + vocabulary.END, learn=True)
             writer.add(f"<|tool|>{hits_text(page)}{vocabulary.END}<|assistant|>")
-        fitting = [hit for hit in pages if hit.subject == subject and (not rest or hit.relation == rest[0])]
-        found = rng.choice(fitting) if fitting else None
+        found = self._read(subtask, pages, rng)
         writer.add(vocabulary.DONE + vocabulary.END, learn=True)
         writer.add(f"<|user|>{vocabulary.INSTRUCTION}{vocabulary.END}<|assistant|>")
         summary = found.text if found else vocabulary.UNKNOWN_FACT.format(subtask=subtask)
         writer.add(summary + vocabulary.END, learn=True)
         return found, writer.example()
+
+    def _query(self, subtask: str, rng: random.Random) -> str:
+        """What is searched for: the subtask, or half of it."""
+        words = subtask.split()
+        return rng.choice(words) if len(words) > 1 and rng.random() < self.habits.partial_query else subtask
+
+    def _read(self, subtask: str, pages: list[Fact], rng: random.Random) -> Fact | None:
+        """A hit that answers the subtask, or none."""
+        *rest, subject = subtask.split()
+        fitting = [hit for hit in pages if hit.subject == subject and (not rest or hit.relation == rest[0])]
+        return rng.choice(fitting) if fitting else None

@@ -19,6 +19,8 @@ from matpo.datasets import world
 
 PLANNER_PROMPT = "plan"
 WORKER_PROMPT = "work"
+ALONE_PROMPT = "plan work"
+"""Of an agent that does both by itself."""
 RECAP = "question : {question} subtask : {subtask}"
 """A worker's first user message."""
 INSTRUCTION = "report"
