@@ -128,10 +128,11 @@ def page(lines: Sequence[Line]) -> str:
     rows = [
         "# What learns how well",
         "",
-        "`python -m benchmarks.learning_matrix`: every line of `learning_matrix.jsonl` is one whole `matpo run`. Greedy",
-        "accuracy on held-out questions in %, mean over seeds (lowest–highest). *Reward*: of training episodes, at",
-        "temperature 1, first → last fifth of the steps; the curve is the same, step by step, from 0 to 1. `reinforce` does",
-        "not correct for staleness. *Mismatch KL*: the largest of any step. *Signs*: steps that showed signs of a collapse.",
+        "`python -m benchmarks.learning_matrix`: every line of `learning_matrix.jsonl` is one whole `matpo run`.",
+        "Greedy accuracy on held-out questions in %, mean over seeds (lowest–highest). *Reward*: of training episodes,",
+        "at temperature 1, first → last fifth of the steps; the curve is the same, step by step, from 0 to 1.",
+        "`reinforce` does not correct for staleness. *Mismatch KL*: the largest of any step. *Signs*: steps that",
+        "showed signs of a collapse.",
     ]
     for base in sorted({line.base for line in lines}):
         rows += ["", f"`{base}`", "", f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
