@@ -1,6 +1,6 @@
 """Planner and workers against a single agent, where nobody may hold more than so many tokens, at equal sampled tokens.
 
-    python -m benchmarks.context_limit [--seeds 0 1 2] [--steps 40] [--go]
+    python -m benchmarks.context_limit [--seeds 0 1 2] [--steps 30] [--go]
 
 Three arms from one checkpoint (`models/alone`, which knows the roles of all): `team` and `alone` may hold `LIMIT`
 tokens, `alone, roomy` may hold `ROOMY`. Every held-out round is placed at the training tokens sampled until then, those
@@ -150,7 +150,7 @@ def page(lines: Sequence[Line]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of every run (%(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of every run (%(default)s)")
     parser.add_argument("--go", action="store_true", help="run what is not there yet")
     parser.add_argument("--lines", type=Path, default=LINES)
     parser.add_argument("--page", type=Path, default=PAGE)
