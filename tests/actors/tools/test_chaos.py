@@ -99,7 +99,7 @@ def judge(results: Sequence[ToolResult], *, timeout_s: float, retries: int) -> C
         (entry(idempotent=["*"], retries=5, timeout_s=10), signal.SIGKILL, 10, 5),
         (SDK, signal.SIGKILL, 10, 5),
         (entry("--slow-start", "1", idempotent=["*"], retries=5, timeout_s=10), signal.SIGKILL, 10, 5),
-        (entry("--modern", idempotent=["*"], retries=5, timeout_s=1, replicas=2), signal.SIGSTOP, 1, 1),
+        (entry("--modern", idempotent=["*"], retries=5, timeout_s=4, replicas=2), signal.SIGSTOP, 4, 1),
     ],
     ids=["killed", "killed, of the SDK", "killed, slow to start", "stopped"],
 )
