@@ -27,6 +27,7 @@ from actors.play import Player
 from actors.scene import Stage
 from actors.session import Session
 from actors.setting import open_tools
+from actors.starting import Starting
 from actors.tools.report import reported
 from actors.watch import Watch
 from actors.weights.follow import Follower
@@ -65,13 +66,7 @@ class Place:
 async def run_actor(place: Place) -> None:
     """Play for one hub until it, or a signal, sends the actor home. Raises what a user can fix, or `SentHome`."""
     config, folder = place.config, place.state / "outbox" / place.actor_id
-    hello = Hello(
-        protocol=PROTOCOL,
-        actor_id=place.actor_id,
-        tokenizer_digest=tokenizer_digest(config.model),
-        config_digest=config.shared_digest,
-        capacity=config.actor.concurrency,
-    )
+    hello = introduction(config, place.actor_id)
     keys = None if config.hub.key_dir is None else ActorKeys.load(config.hub.key_dir)
     seed = config.run.seed + zlib.crc32(place.actor_id.encode())
     async with AsyncExitStack() as stack:
@@ -79,10 +74,11 @@ async def run_actor(place: Place) -> None:
         outbox = stack.enter_context(Outbox.open(folder, limit_trees=config.actor.outbox_limit_trees))
         client = await enter(HubClient.connect(place.hub, keys=keys, deadline_s=place.patience_s))
         welcome = await greet(client, hello, deadline_s=place.patience_s)
+        starting = await enter(Starting.beating(place.actor_id, client, outbox, every_s=welcome.heartbeat_s))
         engine_log = place.state / "logs" / f"{place.actor_id}-engine.log"
         model, lora = model_folder(config.model), config.model.served_adapter
         engine = await enter(open_engine(model, config.actor.engine, lora=lora, seed=seed, log=engine_log))
-        tools = await enter(open_tools(config, folder / "world"))
+        tools = await enter(open_tools(config, folder / "world", watch=starting.tools))
         await enter(reported(tools, place.state / "metrics.jsonl", place.actor_id, every_s=welcome.heartbeat_s))
         elsewhere = await enter(open_elsewhere(config))
         stage = Stage.open(config, engine=engine, tools=tools, actor_id=place.actor_id, elsewhere=elsewhere)
@@ -105,6 +101,7 @@ async def run_actor(place: Place) -> None:
         watch = Watch(place.actor_id, engine, own=(player, follower), tools=tools)
         session = Session(client, hello, welcome, outbox=outbox, player=player, follower=follower, watch=watch)
         signals = stack.enter_context(anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
+        starting.over()
         log.info("ready", hub=place.hub, run=welcome.run, outbox_trees=len(outbox))
         tasks = await enter(anyio.create_task_group())
         tasks.start_soon(place.owner.beat_forever, name="beats")
@@ -121,6 +118,17 @@ async def run_actor(place: Place) -> None:
         counts = {"episodes": player.counts, "dropped": outbox.dropped, "weights_repaired": follower.failures}
         log.info("leaving", outbox_trees=len(outbox), **{what: dict(count) for what, count in counts.items()})
         tasks.cancel_scope.cancel()
+
+
+def introduction(config: Config, actor_id: str) -> Hello:
+    """Who the actor is, and what must agree with the hub."""
+    return Hello(
+        protocol=PROTOCOL,
+        actor_id=actor_id,
+        tokenizer_digest=tokenizer_digest(config.model),
+        config_digest=config.shared_digest,
+        capacity=config.actor.concurrency,
+    )
 
 
 async def play_lease(lease: Lease, episode: int, stage: Stage) -> EpisodeTree:

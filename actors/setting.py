@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import orjson
 
-from actors.tools.plane import ToolPlane
+from actors.tools.plane import Starts, ToolPlane
 from matpo.config import Config, WorldData
 from matpo.datasets.world import collection, documents
 
 
-def open_tools(config: Config, folder: Path) -> AbstractAsyncContextManager[ToolPlane]:
-    """The configured servers, for all episodes of an actor; `folder` is for files of theirs. Raises `UserError`."""
+def open_tools(
+    config: Config, folder: Path, *, watch: Callable[[Starts], None] = lambda starts: None
+) -> AbstractAsyncContextManager[ToolPlane]:
+    """The configured servers, for all episodes of an actor; `folder` is for files of theirs, `watch` is given a look at
+    their starts. Raises `UserError`."""
     variables = tool_variables(config, folder=folder)
-    return ToolPlane.open(config.tools, variables=variables, episodes=config.actor.concurrency)
+    return ToolPlane.open(config.tools, variables=variables, episodes=config.actor.concurrency, watch=watch)
 
 
 def tool_variables(config: Config, *, folder: Path) -> Mapping[str, str]:

@@ -23,6 +23,8 @@ _MESSAGES: Final = {
     "model_attributes_type": _SECTION,
     "dict_type": _SECTION,
     "tuple_type": "must be a list",
+    "int_type": "must be a whole number, such as 8",
+    "float_type": "must be a number, such as 0.5",
 }
 """By type of error, where pydantic speaks of what only programs know."""
 

@@ -5,16 +5,34 @@ from __future__ import annotations
 import re
 from typing import Annotated, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema
 
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DEVICE: Final = re.compile(r"cpu|mps|cuda(:\d+)?")
 
 
+def _make_numbers_strict(schema: object) -> None:
+    """Everywhere in a schema of pydantic's."""
+    if isinstance(schema, dict):
+        if schema.get("type") in ("int", "float"):
+            schema["strict"] = True
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for part in schema:
+            _make_numbers_strict(part)
+
+
 class Section(BaseModel):
-    """Base of every part of the settings."""
+    """Base of every part of the settings. Numbers are strict: neither `true` nor `"1"` is 1, and 1.0 is no integer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: type[BaseModel], handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = super().__get_pydantic_core_schema__(source, handler)
+        _make_numbers_strict(schema)
+        return schema
 
     def changed(self, *names: str) -> list[str]:
         """Which of these options have another value than their default."""

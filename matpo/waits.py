@@ -22,7 +22,7 @@ WaitName = Literal[
     "batch", "step", "publish", "checkpoint", "hub_answer",
     # by an actor
     "hub", "leases", "outbox", "weights", "weights_turn", "weights_bytes", "weights_loaded", "engine",
-    "engine_server", "tool_server",
+    "engine_server", "tool_server", "engine_start", "tool_server_start",
     # by the doctor
     "hub_status",
 ]  # fmt: skip
@@ -103,6 +103,12 @@ WAITS: Final[Mapping[WaitName, Named]] = {
         "an answer of tool server {server}",
         20.0,
         "its calls fail in time and it is replaced after three; see the server's own log, or raise its timeout_s",
+    ),
+    "engine_start": Named("its engine to start", 300.0, "it loads the model; see logs/{actor}*"),
+    "tool_server_start": Named(
+        "the first answer of tool server {server}",
+        20.0,
+        "after its start_timeout_s it is killed and started again, twice; see the server's own log",
     ),
     "hub_status": Named(
         "the hub",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
 from typing import Self
@@ -27,6 +27,9 @@ from matpo.errors import UserError
 from matpo.redaction import hide_from_model
 from matpo.tool_figures import ActorFigures, ServerFigures
 from protocols.records import Outcome
+
+Starts = Callable[[], Iterator[tuple[str, float]]]
+"""Every server that has not started yet, and the seconds since its first start began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +124,18 @@ class ToolPlane:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, tools: Tools, *, variables: Mapping[str, str], episodes: int = 1) -> AsyncIterator[Self]:
+    async def open(
+        cls,
+        tools: Tools,
+        *,
+        variables: Mapping[str, str],
+        episodes: int = 1,
+        watch: Callable[[Starts], None] = lambda starts: None,
+    ) -> AsyncIterator[Self]:
         """Start and connect to every configured server; `variables` are expanded beside (and before) the environment.
 
-        `episodes`: the most at a time. Raises `UserError` for a server that does not start or has no room for them, an
-        unset variable, or names that clash.
+        `episodes`: the most at a time. `watch` is given a look at the starts before they begin. Raises `UserError` for
+        a server that does not start or has no room for them, an unset variable, or names that clash.
         """
         entries = configured_servers(tools, {**os.environ, **variables})
         for name, entry in entries.items():
@@ -140,6 +150,7 @@ class ToolPlane:
                 cache = stack.enter_context(CallCache.open(tools.cache_file)) if wanted else None
                 async with anyio.create_task_group() as owners:
                     servers = {name: ConfiguredServer(name, entry, cache) for name, entry in entries.items()}
+                    watch(lambda: _starts(servers))
                     for server in servers.values():
                         if server.live is not None:
                             server.live.start(owners)
@@ -197,6 +208,12 @@ class ToolPlane:
                 if (live := server.live) is not None
             ),
         )
+
+
+def _starts(servers: Mapping[str, ConfiguredServer]) -> Iterator[tuple[str, float]]:
+    for name, server in servers.items():
+        if server.live is not None and server.live.starting_s:
+            yield name, server.live.starting_s
 
 
 def _collect(servers: Mapping[str, ConfiguredServer]) -> list[_Tool]:

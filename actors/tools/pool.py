@@ -73,6 +73,11 @@ class Shared:
         return max(server.silent_s for server in self.servers)
 
     @property
+    def starting_s(self) -> float:
+        """Seconds for which the longest first start of a copy has lasted."""
+        return max(server.starting_s for server in self.servers)
+
+    @property
     def losses(self) -> int:
         """Connections lost so far."""
         return sum(server.losses for server in self.servers)
@@ -146,6 +151,11 @@ class PerEpisode:
     def silent_s(self) -> float:
         """Seconds for which the calls of some episode have been without any answer."""
         return max((server.silent_s for server in self._servers.values()), default=0.0)
+
+    @property
+    def starting_s(self) -> float:
+        """Seconds for which the first look at its tools has lasted."""
+        return self._probe.starting_s
 
     @property
     def losses(self) -> int:

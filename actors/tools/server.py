@@ -25,6 +25,8 @@ from matpo.errors import UserError
 
 MOST_KILLED_STARTS = 3
 """A first start that a signal ended is tried again so often."""
+MOST_SILENT_STARTS = 3
+"""First starts without any answer: a server may be frozen once; after so many it is given up."""
 BREAKER_AFTER = 5
 """Failures in a row (without one good answer between them) after which calls fail at once until the next restart."""
 FIRST_PAUSE_S = 0.05
@@ -79,7 +81,8 @@ class ToolServer:
         self._started = anyio.Event()
         self._refusal: UserError | None = None
         self._ended = False
-        self._failures = self._killed_starts = 0
+        self._failures = self._killed_starts = self._silent_starts = 0
+        self._began_at = math.inf
         self._reason = "not started yet"
         self._silent_timeouts = 0
         self._unreached = 0
@@ -96,6 +99,11 @@ class ToolServer:
     def silent_s(self) -> float:
         """Seconds for which calls have been under way without any answer."""
         return anyio.current_time() - max(self._busy_since, self._heard_at) if self.inflight else 0.0
+
+    @property
+    def starting_s(self) -> float:
+        """Seconds since the first start began; 0 once it has ended."""
+        return 0.0 if self._started.is_set() else max(0.0, anyio.current_time() - self._began_at)
 
     @property
     def _heard_at(self) -> float:
@@ -119,6 +127,7 @@ class ToolServer:
 
     async def run(self) -> None:
         """Connect, and again after growing pauses whenever the connection is lost. Ends if the first start fails."""
+        self._began_at = anyio.current_time()
         with self._scope:
             # It may have been stopped before its turn came.
             while not self._scope.cancel_called and await self._connect_and_hold():
@@ -217,11 +226,19 @@ class ToolServer:
             self._reason = failure
             self._notify()
             return self._restarts
-        process, again = self._connector.process, not failure.startswith(NO_ANSWER)
+        process, silent = self._connector.process, failure.startswith(NO_ANSWER)
         if process is not None and process.killed and self._killed_starts < MOST_KILLED_STARTS:
             self._killed_starts += 1  # it says nothing about the server
             return await self._connect_and_hold()
-        if self._connector.handshake and process is not None and again and not refused:
+        if silent:
+            self._silent_starts += 1
+            if self._silent_starts < MOST_SILENT_STARTS:
+                pause_s = FIRST_PAUSE_S * 2.0**self._silent_starts
+                _log.warning("tool server did not start", server=self.name, reason=failure, restart_in_s=pause_s)
+                await anyio.sleep(pause_s)
+                return await self._connect_and_hold()
+            failure += f", {self._silent_starts} starts in a row; raise its matpo.start_timeout_s if it needs longer"
+        if self._connector.handshake and process is not None and not silent and not refused:
             # Nearly every server knows the handshake; one that refuses it may be of the newer, stateless kind.
             self._connector.handshake = False
             self._first_failure = failure

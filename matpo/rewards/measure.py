@@ -7,7 +7,7 @@ from typing import Final
 
 from matpo.rewards.answer import cover, exact_match, extract_answer, token_f1, volunteer
 from matpo.rewards.code import Sandbox, code_tests, collaboration
-from matpo.rewards.entry_point import answer_function, scored
+from matpo.rewards.entry_point import answer_function
 from matpo.rewards.judge import Chat, judged
 from matpo.rewards.verdict import Verdict
 from matpo.rewards.writing import ARXIV, TLDR, writing
@@ -30,7 +30,7 @@ class Measure:
         """What the messages are worth together: one agent's answer, or those of several who answered at once."""
         name, timeout_s = self._rewards.answer, self._rewards.code_test_timeout_s
         if self._own is not None:
-            score = await scored(name, self._own(task, messages))
+            score = await self._own(task, messages)
             return Verdict(score, feedback="" if score is None else f"That scored {score:g}.")
         match name:
             case "judge":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matpo.rewards.call_format import format_score
 from matpo.rewards.cost import critical_steps, spawned
-from matpo.rewards.entry_point import PlayFunction, play_function, scored, worker_function
+from matpo.rewards.entry_point import PlayFunction, play_function, worker_function
 from matpo.rewards.performance import Performance, Play
 from matpo.rewards.reading import fact_reported, reading
 from matpo.rewards_config import Rewards
@@ -31,7 +31,7 @@ class Scorer:
         if worker.subtask is None or worker.broken:
             return None
         if self._worker is not None:
-            return await scored(measure, self._worker(play.task, worker.subtask, worker.final or ""))
+            return await self._worker(play.task, worker.subtask, worker.final or "")
         return format_score(worker.calls) if measure == "format" else fact_reported(play, worker)
 
     async def __call__(self, play: Play, answer: float | None) -> dict[str, float | None]:
@@ -48,7 +48,7 @@ class Scorer:
         parts = {"answer": answer, **_format(play), "reading": reading(play)}
         parts |= {"steps": float(critical_steps(play)), "spawned": float(spawned(play))}
         for name, function in self._own.items():
-            parts[name] = await scored(rewards.parts[name].function, function(play))
+            parts[name] = await function(play)
         weights = {
             "answer": rewards.answer_weight,
             "format": 0.0 if rewards.format_only_if_correct and answer <= 0 else rewards.format_weight,

@@ -41,6 +41,7 @@ from protocols.messages import (
 from protocols.records import EpisodeTree, Task
 from protocols.refusals import HubInput, HubUnreachable
 from protocols.weights import Tensor, weights_digest, write_keyframe
+from tests.actors.tools.hosts import FREEZE, once
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "models" / "quickstart"
@@ -139,6 +140,11 @@ class ScriptedHub:
 
     def weights(self) -> WeightsReady:
         return WeightsReady.model_validate_json((self.objects / "ready.json").read_bytes())
+
+    def waits(self) -> list[str]:
+        """What the newest heartbeat says is waited for."""
+        beats = [message for message in self.heard if isinstance(message, Heartbeat)]
+        return [wait.what for wait in beats[-1].waits] if beats else []
 
     async def wait(self, condition: Callable[[], bool]) -> None:
         with anyio.fail_after(PATIENCE_S):
@@ -257,6 +263,18 @@ async def test_a_tool_server_that_does_not_start_ends_the_actor_with_its_name(
             except (UserError, BaseExceptionGroup) as error:
                 known = user_error(error)
     assert known is not None and "broken" in str(known)
+
+
+async def test_a_tool_server_frozen_at_its_first_start_is_told_to_the_hub_and_overcome(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    frozen = {"mcpServers": {"lame": once(tmp_path, FREEZE, start_timeout_s=3)}}
+    async with scripted_hub(model_folder) as hub, anyio.create_task_group() as tasks:
+        tasks.start_soon(run_actor, place(config_for(model_folder, tools=frozen), hub, tmp_path))
+        await hub.wait(lambda: "the first answer of tool server lame" in hub.waits())
+        await hub.wait(lambda: len(hub.trees) == 2)
+        assert "the first answer of tool server lame" not in hub.waits()
+        await hub.send_home()
 
 
 def command(model: Path, tmp_path: Path, hub: str) -> list[str]:

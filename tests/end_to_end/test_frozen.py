@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from learner.doctor import examine
 from matpo.folder import RunFolder
 from matpo.waits import WaitName
 from tests.chaos.processes import with_role
-from tests.end_to_end.processes import QUICKSTART, QUICKSTART_SGLANG, Command, matpo, short_run, started
+from tests.end_to_end.processes import QUICKSTART, QUICKSTART_SGLANG, Command, matpo, only_run, short_run, started
 from tests.end_to_end.test_kill import nothing_is_lost_or_doubled, query, reached, wait_until
 from tests.end_to_end.test_supervision import under_way
 
@@ -98,6 +99,24 @@ def test_a_frozen_tool_server(tmp_path: Path) -> None:
         freeze_and_see(
             tmp_path, server, command, run, log="actor-0.jsonl", words=["tool server search"], names=["tool_server"]
         )
+
+
+@SLOW
+def test_a_tool_server_frozen_at_its_first_start(tmp_path: Path) -> None:
+    once = f"test -e {tmp_path}.frozen || {{ touch {tmp_path}.frozen; kill -STOP $$; }}"
+    command = f"{once}; exec ${{PYTHON}} -m tool_servers.search serve --corpus ${{WORLD_CORPUS}}"
+    entry = ("tools.mcpServers.search.command=sh", f'tools.mcpServers.search.args=["-c",{json.dumps(command)}]')
+    with started(*endless(tmp_path), *entry) as running:
+        wait_until(lambda: any(tmp_path.iterdir()), running, limit_s=60, what="run folder")
+        run = only_run(tmp_path)
+        wait_until(Path(f"{tmp_path}.frozen").exists, running, limit_s=120, what="the server's first start")
+        named = partial(stall_is_logged, run / "logs" / "actor-0.jsonl", "tool server search")
+        wait_until(named, running, limit_s=NAMED_WITHIN_S, what="stall in actor-0.jsonl")
+        wait_until(partial(doctor_names, run, "tool_server_start"), running, limit_s=NAMED_WITHIN_S, what="doctor")
+        wait_until(partial(reached, run, 2), running, limit_s=240, what="steps")
+        running.process.send_signal(signal.SIGINT)
+        output, _ = running.process.communicate(timeout=180)
+        assert running.process.returncode == 130, output
 
 
 @pytest.mark.sglang

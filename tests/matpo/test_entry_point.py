@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from matpo.errors import UserError
-from matpo.rewards.entry_point import answer_function, play_function
+from matpo.rewards.entry_point import MOST_FAILURES, answer_function, play_function
 from matpo.rewards.measure import Measure
 from matpo.rewards.performance import Performance, Play
 from matpo.rewards.score import Scorer
@@ -37,6 +38,14 @@ def repeated(task: Task, subtask: str, report: str) -> float | None:
 
 def endless(play: Play) -> float | None:
     return float("inf")
+
+class Mood(Exception):
+    pass
+
+def moody(task: Task, messages: tuple[str, ...]) -> float | None:
+    if messages != ("good",):
+        raise Mood(messages[0])
+    return 1.0
 
 NUMBER = 3
 """
@@ -75,10 +84,35 @@ async def test_parts_of_ones_own_are_weighted_and_one_that_is_not_known_leaves_t
     assert rewards["answer"] == 1.0 and rewards["total"] is None
 
 
-async def test_a_number_that_is_none_stops_the_episode_by_name() -> None:
+async def test_a_number_that_is_none_leaves_the_total_open_and_is_logged_by_name() -> None:
     endless = UserReward(function="own_rewards:endless", weight=1.0)
-    with pytest.raises(ValueError, match=r"own_rewards:endless.* returned inf"):
-        await Scorer(Rewards(parts={"endless": endless}))(PLAY, 1.0)
+    with capture_logs() as lines:
+        rewards = await Scorer(Rewards(parts={"endless": endless}))(PLAY, 1.0)
+    assert (rewards["answer"], rewards["endless"], rewards["total"]) == (1.0, None, None)
+    assert lines[0]["function"] == "own_rewards:endless" and lines[0]["reason"].startswith("inf in place of a")
+
+
+async def test_whatever_a_function_raises_is_a_missing_score_whose_traceback_is_logged_once() -> None:
+    moody = answer_function("own_rewards:moody")
+    with capture_logs() as lines:
+        scores = [await moody(TASK, (message,)) for message in ("bad", "good", "bad", "worse")]
+    assert scores == [None, 1.0, None, None]
+    assert [(line["failures"], line["exc_info"]) for line in lines] == [(1, True), (2, False), (3, False)]
+    assert "Mood: bad (own_rewards.py, line " in lines[0]["reason"]
+
+
+async def test_a_function_that_always_fails_ends_the_actor_by_name_and_one_that_works_at_times_does_not() -> None:
+    moody = answer_function("own_rewards:moody")
+    for message in ["bad"] * (MOST_FAILURES - 1) + ["good"] + ["bad"] * (MOST_FAILURES - 1):
+        await moody(TASK, (message,))
+    with pytest.raises(UserError, match=f"moody' failed {MOST_FAILURES} times in a row, last with Mood: bad"):
+        await moody(TASK, ("bad",))
+
+
+def test_a_module_that_fails_as_it_is_imported_is_the_users_to_correct(tmp_path: Path) -> None:
+    (tmp_path / "broken_rewards.py").write_text("x = 1\ny = x / 0\n")
+    with pytest.raises(UserError, match=r"fails with ZeroDivisionError: .*\(broken_rewards.py, line 2\); correct it"):
+        answer_function("broken_rewards:f")
 
 
 @pytest.mark.parametrize(

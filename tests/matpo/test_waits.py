@@ -12,6 +12,7 @@ from matpo.waits import WAITS, WaitBook, WaitName, log_stalls, waiting
 
 FROZEN: tuple[WaitName, ...] = (
     "actor", "trainer", "hub", "hub_answer", "hub_status", "engine", "engine_server", "tool_server",
+    "tool_server_start",
 )  # fmt: skip
 SLOWEST_LOOK_S = 20.0
 """Noticing takes up to ten seconds, and every process looks at least every ten."""

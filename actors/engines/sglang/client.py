@@ -289,8 +289,15 @@ class SglangClient:
 
     async def healthy(self, *, deadline_s: float) -> bool:
         """Whether the server answers and calls itself healthy."""
+        return await self._answers("/health", deadline_s=deadline_s)
+
+    async def present(self, *, deadline_s: float) -> bool:
+        """Whether the process that takes requests answers, whatever the scheduler behind it is busy with."""
+        return await self._answers("/model_info", deadline_s=deadline_s)
+
+    async def _answers(self, path: str, *, deadline_s: float) -> bool:
         try:
-            await self._call("GET", "/health", deadline_s=deadline_s)
+            await self._call("GET", path, deadline_s=deadline_s)
         except (ServerGone, ServerRefused):
             return False
         return True

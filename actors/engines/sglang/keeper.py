@@ -61,7 +61,7 @@ class Keeper:
         self.detail = "starting"
         self.starts = 0
         self.busy = False
-        """While weights are swapped the server may be silent."""
+        """While weights are swapped the scheduler says nothing; the process in front of it must answer still."""
         self._client = client
         self._launch = launch
         self._bring_up = bring_up
@@ -165,7 +165,9 @@ class Keeper:
         return self._condemned
 
     async def _answers(self) -> bool:
-        return self.busy or await self._client.healthy(deadline_s=DOUBT_S) or self.busy
+        if not self.busy and await self._client.healthy(deadline_s=DOUBT_S):
+            return True
+        return self.busy and await self._client.present(deadline_s=DOUBT_S)
 
     async def _trust(self) -> None:
         """Use a server again that answered."""

@@ -132,8 +132,7 @@ class Server:
         elif (known := self.holds) and not await self._handover.held(known, self.client, deadline_s=PAUSE_DEADLINE_S):
             self.holds = None
         while (parcel := self._newest()) is not None and parcel is not self.holds:
-            async with self._swap:
-                await self._push(parcel)
+            await self.take(parcel)
 
     async def _push(self, parcel: Parcel) -> float:
         return await (self._replace(parcel) if self._handover.pauses else self._add(parcel))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -46,6 +46,10 @@ class Stub:
     refuses_weights: bool = False
     hang_updates: bool = False
     """Updates never end."""
+    silent: Collection[str] = ()
+    """Questions about itself that get no answer."""
+    looks: int = 0
+    """How often it was asked which model it serves."""
     stays_paused: bool = False
     """Does not go on after a swap."""
     go_on: anyio.Event = field(default_factory=anyio.Event)
@@ -74,12 +78,17 @@ class Stub:
             await runner.cleanup()
 
     async def _health(self, _request: web.Request) -> web.Response:
+        if "/health" in self.silent:
+            await anyio.sleep_forever()
         return web.Response()
 
     async def _interface(self, _request: web.Request) -> web.Response:
         return web.json_response({"paths": {path: {} for path in self.paths}})
 
     async def _model_info(self, _request: web.Request) -> web.Response:
+        self.looks += 1
+        if "/model_info" in self.silent:
+            await anyio.sleep_forever()
         return web.json_response({"model_path": "model", "weight_version": self.version})
 
     async def _other(self, request: web.Request) -> web.Response:

@@ -257,6 +257,33 @@ async def test_a_server_that_froze_and_thaws_is_used_again(
             assert len((await ask(engine, "", max_tokens=2)).tokens) == 2
 
 
+async def test_a_server_that_freezes_while_it_takes_weights_is_named_and_given_up_long_before_the_swaps_deadline(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in {"PULSE_S": 0.05, "DOUBT_S": 0.3, "LOST_S": 1.0}.items():
+        monkeypatch.setattr(keeper, name, seconds)
+    stub = Stub()
+    async with serving(model, stub) as urls, SglangEngine.open(tmp_path, settings_of(urls), seed=0) as engine:
+        await engine.load(weights_of(model), version=1)
+        stub.hang_updates, stub.silent = True, ("/health",)  # as a real one's scheduler that is busy loading
+        kept = engine.fleet.servers[stub.url].keeper
+        async with anyio.create_task_group() as tasks:
+
+            async def load() -> None:
+                await engine.load(weights_of(model), version=2)
+
+            tasks.start_soon(load)
+            before = stub.looks
+            while stub.looks < before + 3:
+                await anyio.wait_all_tasks_blocked()
+            assert kept.busy and kept.state == "ready"
+            stub.silent = ("/health", "/model_info")
+            await engine.fleet.wait(lambda: kept.state == "silent")
+            assert (await engine.health()).silent == (stub.url,)
+            await engine.fleet.wait(lambda: "did not answer for" in kept.detail)
+            tasks.cancel_scope.cancel()
+
+
 async def test_a_server_without_version_spans_is_refused_unless_swaps_abort(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:

@@ -23,6 +23,16 @@ def entry(*options: str, **extras: JsonValue) -> dict[str, JsonValue]:
     return {"command": "${PYTHON}", "args": ["-S", HOSTILE, *options], "matpo": matpo}
 
 
+def once(folder: Path, act: str, *options: str, **extras: JsonValue) -> dict[str, JsonValue]:
+    """A hostile server that does `act` (in the shell, as its own process) at its first start, before it says a word."""
+    first = f"test -e {folder}/once || {{ touch {folder}/once; {act}; }}"
+    words = f"{first}; exec {sys.executable} -S {HOSTILE} {' '.join(options)}"
+    return entry(*options, **extras) | {"command": "sh", "args": ["-c", words]}
+
+
+FREEZE = "kill -STOP $$"
+
+
 @asynccontextmanager
 async def hostile(*options: str, cache_file: Path | None = None, **extras: JsonValue) -> AsyncIterator[ToolPlane]:
     """A plane with one hostile server."""

@@ -13,10 +13,10 @@ import pytest
 import structlog.testing
 from pydantic import JsonValue
 
-from actors.tools.plane import ToolPlane, ToolResult
+from actors.tools.plane import Starts, ToolPlane, ToolResult
 from matpo.config import Tools
 from matpo.errors import UserError
-from tests.actors.tools.hosts import HOSTILE, VARIABLES, call, entry, hostile
+from tests.actors.tools.hosts import FREEZE, HOSTILE, VARIABLES, call, entry, hostile, once
 
 
 async def test_a_call_gives_text_outcome_and_size_and_is_counted() -> None:
@@ -57,13 +57,40 @@ async def test_a_role_that_names_a_tool_nobody_has_is_a_users_error() -> None:
 
 
 async def test_a_server_that_is_killed_while_it_starts_is_started_again(tmp_path: Path) -> None:
-    once = f"test -e {tmp_path}/once || {{ touch {tmp_path}/once; kill -9 $$; }}"
-    command = entry(allow=["echo"])
-    words = f"{once}; exec {sys.executable} -S {HOSTILE}"
-    tools = Tools.model_validate({"mcpServers": {"hostile": command | {"command": "sh", "args": ["-c", words]}}})
+    tools = Tools.model_validate({"mcpServers": {"hostile": once(tmp_path, "kill -9 $$", allow=["echo"])}})
     with anyio.fail_after(30):
         async with ToolPlane.open(tools, variables=VARIABLES) as plane:
             assert (await call(plane, "echo")).text == "hello"
+
+
+async def test_a_server_that_freezes_at_its_first_start_is_named_killed_and_started_again(tmp_path: Path) -> None:
+    frozen = once(tmp_path, f"echo $$ > {tmp_path}/pid; {FREEZE}", allow=["pid"], start_timeout_s=3)
+    looks: list[Starts] = []
+    with structlog.testing.capture_logs() as logs, anyio.fail_after(60):
+        tools = Tools.model_validate({"mcpServers": {"hostile": frozen}})
+        async with ToolPlane.open(tools, variables=VARIABLES, watch=looks.append) as plane:
+            assert (await call(plane, "pid")).outcome == "ok"
+            assert list(looks[0]()) == []
+    assert (logs[0]["server"], logs[0]["reason"]) == ("hostile", "no answer within 3 s")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+async def test_a_first_start_under_way_can_be_seen(tmp_path: Path) -> None:
+    looks: list[Starts] = []
+    tools = Tools.model_validate({"mcpServers": {"hostile": entry("--slow-start", "60", start_timeout_s=0.2)}})
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as tasks:
+
+            async def look() -> None:
+                await anyio.wait_all_tasks_blocked()
+                ((server, since_s),) = looks[0]()
+                assert server == "hostile" and since_s > 0
+
+            tasks.start_soon(look)
+            with pytest.raises(UserError, match=r"no answer within 0\.2 s, 3 starts in a row"):
+                async with ToolPlane.open(tools, variables=VARIABLES, watch=looks.append):
+                    pass
 
 
 async def test_a_crash_fails_the_calls_in_flight_and_the_next_one_finds_the_server_again() -> None:
