@@ -37,7 +37,7 @@ from benchmarks.fuzz_targets import (
 )
 from benchmarks.runs import print_result
 from protocols.channel import HubClient, HubSocket, new_actor_keys, new_keys
-from protocols.keys import ActorKeys, HubKeys
+from protocols.keys import ActorKeys, HubKeys, allow
 from protocols.messages import Ack, LeaseRequest
 
 AHEAD = 200
@@ -195,12 +195,17 @@ async def _noise(endpoint: str, connections: int, seed: int) -> None:
             continue
 
 
-async def fuzz_keys(folder: Path, attack: Attack) -> Counter[str]:
-    """Wrong keys, no keys, keys meant for another hub: no message gets past the handshake, damaged or whole."""
+async def fuzz_keys(folder: Path, attack: Attack, *, careless: bool = False) -> Counter[str]:
+    """Wrong keys, no keys, keys meant for another hub: no message gets past the handshake, damaged or whole.
+
+    A `careless` hub lets a stranger in, which must be found.
+    """
     new_keys(folder / "hub")
     new_keys(folder / "other")
     keys, allowed = HubKeys.load(folder / "hub"), ActorKeys.load(folder / "hub")
     new_actor_keys(folder / "stranger", hub=keys.pair.public)
+    if careless:
+        allow(folder / "hub", ActorKeys.load(folder / "stranger").pair.public)
     outsiders: dict[str, ActorKeys | None] = {
         "kept out with a key that is not allowed": ActorKeys.load(folder / "stranger"),
         "kept out with a key for another hub": ActorKeys(allowed.pair, ActorKeys.load(folder / "other").hub),

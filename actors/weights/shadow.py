@@ -10,12 +10,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import stat
 import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -23,6 +22,7 @@ from typing import Final, Self
 import anyio
 
 from matpo.errors import UserError
+from matpo.rooms import held, is_at, lock, room
 
 SHARED_MEMORY: Final = Path("/dev/shm")
 PREFIX: Final = "matpo-shadow"
@@ -31,8 +31,6 @@ POLL_S: Final = 0.02
 """How often a lock is tried: nothing tells one process that another let go of one."""
 STALL_S: Final = 60.0
 """An actor that has the turn and shows no progress for so long (it was stopped, or its line is cut) loses it."""
-JOIN_LIMIT_S: Final = 5.0
-"""Longest that removing a folder nobody uses may keep an actor from making it anew."""
 
 
 class TurnLost(Exception):
@@ -63,17 +61,13 @@ class Shadow:
         """Join the actors of `run` on this machine. What dead ones left anywhere in `memory` is removed, and the folder
         when the last actor leaves. Raises `UserError` when the place cannot be used.
         """
-        parent = memory or default_memory()
-        sweep(parent)
-        folder = parent / f"{PREFIX}-{os.getuid()}-{hashlib.sha256(run.encode()).hexdigest()[:16]}"
-        descriptor = _join(folder)
-        shadow = cls(folder, stall_s=stall_s)
-        try:
-            yield shadow
-        finally:
-            shadow._let_go()
-            os.close(descriptor)
-            _remove_if_deserted(folder)
+        folder = room(memory or default_memory(), PREFIX, hashlib.sha256(run.encode()).hexdigest()[:16])
+        with held(folder, setting="actor.weights.memory"):
+            shadow = cls(folder, stall_s=stall_s)
+            try:
+                yield shadow
+            finally:
+                shadow._let_go()
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[Turn]:
@@ -96,7 +90,7 @@ class Shadow:
 
     async def _wait_for(self, descriptor: int, path: Path) -> bool:
         """Until the lock is ours. False when it was taken from somebody who stalled: now there is another to take."""
-        while not _lock(descriptor, fcntl.LOCK_EX):
+        while not lock(descriptor, fcntl.LOCK_EX):
             if time.time() - os.fstat(descriptor).st_mtime > self._stall_s:
                 _unlink_if_at(descriptor, path)
                 return False
@@ -131,7 +125,7 @@ class Shadow:
             descriptor = os.open(used.path, os.O_RDONLY)
         except FileNotFoundError as error:
             raise TurnLost(f"the copy of version {used.version} was removed before it was used") from error
-        _lock(descriptor, fcntl.LOCK_SH)
+        lock(descriptor, fcntl.LOCK_SH)
         self._let_go()
         self._used = descriptor
         for copy in self.copies():
@@ -154,7 +148,7 @@ class Turn:
 
     def is_ours(self) -> bool:
         """Whether nobody took over."""
-        return _is_at(self._descriptor, self._lock)
+        return is_at(self._descriptor, self._lock)
 
     def progress(self) -> None:
         """Show those who wait that something happens. Raises `TurnLost`."""
@@ -218,86 +212,18 @@ def default_memory() -> Path:
     return SHARED_MEMORY if usable else Path(tempfile.gettempdir())
 
 
-def sweep(parent: Path) -> None:
-    """Remove this user's folders that no living actor has joined."""
-    for folder in parent.glob(f"{PREFIX}-{os.getuid()}-*"):
-        _remove_if_deserted(folder)
-
-
-def _join(folder: Path) -> int:
-    """Make the folder if need be and hold a shared lock on it; returns the lock's descriptor."""
-    give_up_s = time.monotonic() + JOIN_LIMIT_S
-    while time.monotonic() < give_up_s:
-        try:
-            with suppress(FileExistsError):  # not exist_ok: it may be gone again when that is looked into
-                folder.mkdir(mode=0o700)
-            descriptor = _open_folder(folder)
-        except FileNotFoundError:  # its last actor left between the two calls, or the parent does not exist
-            if not folder.parent.is_dir():
-                raise UserError(f"folder {str(folder.parent)!r} does not exist; correct actor.weights.memory") from None
-            continue
-        except OSError as error:  # no folder, or not ours
-            raise UserError(f"{str(folder)!r} cannot be used ({error.strerror}); set actor.weights.memory") from error
-        mode = os.fstat(descriptor)
-        if mode.st_uid != os.getuid() or stat.S_IMODE(mode.st_mode) & 0o077:
-            os.close(descriptor)
-            raise UserError(f"folder {str(folder)!r} is not ours alone; remove it, or set actor.weights.memory")
-        if _lock(descriptor, fcntl.LOCK_SH) and _is_at(descriptor, folder):
-            return descriptor
-        os.close(descriptor)
-        time.sleep(POLL_S)  # whoever removes it is done at once
-    raise UserError(f"folder {str(folder)!r} is being removed and stays; remove it, or set actor.weights.memory")
-
-
-def _remove_if_deserted(folder: Path) -> None:
-    try:
-        descriptor = _open_folder(folder)
-    except OSError:  # gone already, or somebody else's
-        return
-    try:
-        if _lock(descriptor, fcntl.LOCK_EX) and _is_at(descriptor, folder):
-            for path in folder.iterdir():
-                path.unlink(missing_ok=True)
-            folder.rmdir()
-    finally:
-        os.close(descriptor)
-
-
 def _unlink_if_unused(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return
     try:
-        if _lock(descriptor, fcntl.LOCK_EX):
+        if lock(descriptor, fcntl.LOCK_EX):
             path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 
 
 def _unlink_if_at(descriptor: int, path: Path) -> None:
-    if _is_at(descriptor, path):
+    if is_at(descriptor, path):
         path.unlink(missing_ok=True)
-
-
-def _open_folder(folder: Path) -> int:
-    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-
-
-def _lock(descriptor: int, kind: int) -> bool:
-    """Lock without waiting; False when another process holds what excludes it."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one of that name."""
-    try:
-        there = path.lstat()
-    except FileNotFoundError:
-        return False
-    opened = os.fstat(descriptor)
-    return (there.st_dev, there.st_ino) == (opened.st_dev, opened.st_ino)

@@ -9,12 +9,11 @@ import argparse
 import hashlib
 import os
 import sqlite3
-import stat
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import anyio
@@ -35,6 +34,7 @@ from matpo.metrics import MetricsFile
 from matpo.model_files import tokenizer_digest
 from matpo.owner import Owner, add_owned
 from matpo.rewards.code import require_tests
+from matpo.rooms import held, room
 from protocols.channel import CannotListen, ChannelError, HubSocket, Limits
 from protocols.keys import BadKeys, HubKeys
 
@@ -140,14 +140,12 @@ async def bind_for_actors(config: Config, folder: RunFolder) -> AsyncIterator[Hu
 @asynccontextmanager
 async def bind_for_trainer(config: Config, folder: RunFolder) -> AsyncIterator[HubSocket]:
     """Listen on a socket file, which goes when the hub goes."""
-    path = trainer_path(folder)
-    try:
-        async with HubSocket.bind(f"ipc://{path}", max_message_bytes=config.hub.max_message_bytes) as socket:
-            yield socket
-    finally:
-        path.unlink(missing_ok=True)
-        if path.parent != folder.path:
-            path.parent.rmdir()
+    with trainer_path(folder) as path:
+        try:
+            async with HubSocket.bind(f"ipc://{path}", max_message_bytes=config.hub.max_message_bytes) as socket:
+                yield socket
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def listen_address(config: Config, folder: RunFolder) -> str:
@@ -159,7 +157,8 @@ def listen_address(config: Config, folder: RunFolder) -> str:
     return former if former.rsplit(":", 1)[0] == wanted.rsplit(":", 1)[0] else wanted
 
 
-def trainer_path(folder: RunFolder) -> Path:
+@contextmanager
+def trainer_path(folder: RunFolder) -> Iterator[Path]:
     """`hub.ipc` in the run's folder, or a short path of our own elsewhere where that one is too long for a socket.
 
     The same after every restart, because a running trainer asks there again. Raises `UserError` if the short path is
@@ -167,14 +166,11 @@ def trainer_path(folder: RunFolder) -> Path:
     """
     path = folder.path / "hub.ipc"
     if len(os.fsencode(path)) <= LONGEST_IPC_BYTES:
-        return path
+        yield path
+        return
     digest = hashlib.sha256(os.fsencode(folder.path)).hexdigest()[:16]
-    room = Path(tempfile.gettempdir()) / f"matpo-{os.getuid()}-{digest}"
-    room.mkdir(mode=0o700, exist_ok=True)
-    found = room.lstat()
-    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or stat.S_IMODE(found.st_mode) & 0o077:
-        raise UserError(f"folder {str(room)!r} is not ours alone; remove it, or set run.dir to a shorter path")
-    return room / "hub.ipc"
+    with held(room(Path(tempfile.gettempdir()), "matpo", digest), setting="run.dir to a shorter path") as short:
+        yield short / "hub.ipc"
 
 
 def write_address(folder: RunFolder, endpoint: str, trainer_endpoint: str) -> None:

@@ -197,8 +197,7 @@ class Hub:
         """Give out no more work, take back what is leased, and send every actor home."""
         self.draining = reason
         for actor in self.roster.everyone():
-            for lease_id in self.leases.live(actor.actor_id):
-                self.leases.end(lease_id, "returned")
+            self._return_leases(actor)
             self._send("actors", actor.peer, Drain(reason=reason))
         for puller in self.roster.pullers:
             self._send("actors", puller, Drain(reason=reason))
@@ -229,17 +228,11 @@ class Hub:
                 self._announce(peer)
             case ChunkRequest():
                 self._send_chunk(peer, message)
-            case WeightsLoaded(version=version, digest=digest):
+            case WeightsLoaded(version=version):
                 actor.version = version
-                swap = self.weights.swap(message, actor_id=actor.actor_id, at=at)
-                if swap is not None:
-                    self.swaps.append(swap)
-                else:
-                    detail = f"weights {version} with digest {digest} were never published; pull them again"
-                    self._refuse("actors", peer, "unknown_weights", detail)
+                self._note_swap(actor, message, at=at)
             case Goodbye():
-                for lease_id in self.leases.live(actor.actor_id):
-                    self.leases.end(lease_id, "returned")
+                self._return_leases(actor)
                 self.roster.forget(peer)
 
     def _welcome(self, peer: bytes, hello: Hello | PullHello, key: str | None, *, now_s: float) -> None:
@@ -289,6 +282,18 @@ class Hub:
             if cancelled is not None and holder is not None:
                 reason = "an earlier lease delivered after all"
                 self._send("actors", holder.peer, Cancel(lease_id=cancelled.lease_id, reason=reason))
+
+    def _return_leases(self, actor: KnownActor) -> None:
+        for lease_id in self.leases.live(actor.actor_id):
+            self.leases.end(lease_id, "returned")
+
+    def _note_swap(self, actor: KnownActor, loaded: WeightsLoaded, *, at: float) -> None:
+        swap = self.weights.swap(loaded, actor_id=actor.actor_id, at=at)
+        if swap is not None:
+            self.swaps.append(swap)
+            return
+        detail = f"weights {loaded.version} with digest {loaded.digest} were never published; pull them again"
+        self._refuse("actors", actor.peer, "unknown_weights", detail)
 
     def _send_chunk(self, peer: bytes, request: ChunkRequest) -> None:
         piece = self.weights.chunk(request)

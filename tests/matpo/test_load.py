@@ -62,7 +62,7 @@ def test_a_resolved_config_loads_back_unchanged(good: Path, tmp_path: Path) -> N
         ("episode.roles.planner.sistem=x", "did you mean 'system'?"),
         ("rewards.answer=exact", "rewards.answer = 'exact': must be 'exact_match'"),
         ("learner.lr=-1", "learner.lr = -1: must be greater than 0"),
-        ("learner.lr=fast", "learner.lr = 'fast': must be a valid number"),
+        ("learner.lr=fast", "learner.lr = 'fast': must be a number, such as 0.5"),
         ("learner.credit=magic", "learner.credit.name = 'magic' is unknown; known here: agent_turn, broadcast,"),
         ("learner.weighting=all", "'tree', 'token', 'trajectory' or 'constant'"),
         ("learner.objective.name=ppo", "learner.objective.name = 'ppo' is unknown; known here: cispo, clip,"),

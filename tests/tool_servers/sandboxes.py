@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
 import psutil
+import pytest
 from mcp import StdioServerParameters
 
 from tool_servers.code.pool import Pool
 from tool_servers.code.sandbox import TIERS, Allowance, SandboxError, Tier, choose_sandbox
+from tool_servers.code.worker import Finished
 
 ROOT = Path(__file__).parents[2]
 SMALL = Allowance(memory_bytes=256 * 2**20, disk_bytes=4 * 2**20, output_bytes=10_000, longest_s=60)
@@ -28,6 +31,9 @@ def _works(tier: Tier) -> bool:
 
 
 HERE: list[Tier] = [tier for tier in TIERS if _works(tier)]
+every_tier = pytest.mark.parametrize("tier", HERE)
+LIBC = "import ctypes, os; libc = ctypes.CDLL(None, use_errno=True)"
+"""How programs reach the C library."""
 
 
 @asynccontextmanager
@@ -37,6 +43,11 @@ async def opened(tier: Tier) -> AsyncIterator[Pool]:
     with anyio.fail_after(40):
         async with pool.open():
             yield pool
+
+
+async def run(pool: Pool, program: str, timeout_s: float = 10.0) -> Finished:
+    """One program to its end."""
+    return await pool.run(textwrap.dedent(program), timeout_s=timeout_s)
 
 
 def children() -> list[psutil.Process]:

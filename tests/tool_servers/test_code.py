@@ -16,7 +16,7 @@ import pytest
 from mcp import Client, MCPError
 from pydantic import JsonValue
 
-from tests.tool_servers.sandboxes import HERE, ROOT, SMALL, children, opened, spawn_server
+from tests.tool_servers.sandboxes import HERE, ROOT, SMALL, children, every_tier, opened, spawn_server
 from tests.tool_servers.test_any_client import http_server
 from tests.tool_servers.using import use
 from tool_servers.code.__main__ import main, report, run_python_tool
@@ -24,8 +24,6 @@ from tool_servers.code.pool import Busy, Pool
 from tool_servers.code.sandbox import Allowance, Sandbox, SandboxError, Tier, choose_sandbox
 from tool_servers.code.worker import Finished, Worker
 from tool_servers.serving import BadCall, Unavailable
-
-every_tier = pytest.mark.parametrize("tier", HERE)
 
 
 async def run(pool: Pool, program: str, timeout_s: float = 10.0) -> Finished:

@@ -19,6 +19,7 @@ from actors.engines.sglang.attestation import Checksums, Layout, expected_checks
 from actors.engines.sglang.client import SglangClient
 from actors.engines.sglang.model import ModelFacts
 from matpo.config import SglangEngine as Settings
+from matpo.rooms import held, room
 from protocols.weights import Weights, weights_digest, write_keyframe
 
 MEMORY: Final = Path("/dev/shm")
@@ -147,9 +148,10 @@ class DiskHandover:
 @contextmanager
 def scratch_folder(settings: Settings) -> Iterator[Path]:
     """In `settings.scratch`, or in memory where the system offers a folder there. Removed at the end."""
-    parent = settings.scratch or (MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else None)
-    with tempfile.TemporaryDirectory(prefix="matpo-weights-", dir=parent, ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+    usable = MEMORY.is_dir() and os.access(MEMORY, os.W_OK)
+    parent = settings.scratch or (MEMORY if usable else Path(tempfile.gettempdir()))
+    with held(room(parent, "matpo-weights", uuid.uuid4().hex), setting="actor.engine.scratch") as folder:
+        yield folder
 
 
 def _linked(file: Path, target: Path) -> bool:

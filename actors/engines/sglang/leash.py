@@ -8,21 +8,33 @@ shared memory that its processes were seen to hold.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from matpo.rooms import held, room
+
 SHARED: Final = Path("/dev/shm")
 KINDS: Final = ("sglang_loads_", "sgl_shm_", "multi_tokenizer_args_", "sem.mp-", "psm_", "nccl-", "cuda.shm.")
 """How names of shared memory begin that SGLang and its libraries make; others may be somebody else's."""
+LIBC: Final = ctypes.CDLL(None)
+PR_SET_PDEATHSIG: Final = 1
 LOOK_EVERY_S: Final = 30.0
 """A server whose processes all die at once cannot be asked any more what it held."""
+
+
+def die_with_parent() -> None:
+    """Called in the server's process: it ends with the leash, even if that is killed."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def kill_group(leader: int) -> None:
@@ -53,15 +65,25 @@ def shared_memory(leader: int) -> set[Path]:
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # whoever signals the actor's group must not leave a server behind
-    room = tempfile.TemporaryDirectory(prefix="matpo-server-", ignore_cleanup_errors=True)
-    server = subprocess.Popen(
-        sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, env=os.environ | {"TMPDIR": room.name}
-    )
+    with held(room(Path(tempfile.gettempdir()), "matpo-server", uuid.uuid4().hex), setting="TMPDIR") as folder:
+        status = run(sys.argv[1:], folder)
+    # Not sys.exit: a thread is still reading.
+    os._exit(status if status >= 0 else 128 - status)
 
-    held = set[Path]()
+
+def run(command: Sequence[str], folder: Path) -> int:
+    """The server, from its start until nothing of it is left; returns its exit status."""
+    server = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        env=os.environ | {"TMPDIR": str(folder)},
+        preexec_fn=die_with_parent,
+    )
+    shared = set[Path]()
 
     def end() -> None:
-        held.update(shared_memory(server.pid))
+        shared.update(shared_memory(server.pid))
         kill_group(server.pid)
 
     def wait_for_end_of_input() -> None:
@@ -71,13 +93,11 @@ def main() -> None:
 
     threading.Thread(target=wait_for_end_of_input, daemon=True).start()
     while (status := waited(server)) is None:
-        held.update(shared_memory(server.pid))
+        shared.update(shared_memory(server.pid))
     end()
-    for path in held:
+    for path in shared:
         path.unlink(missing_ok=True)
-    room.cleanup()
-    # Not sys.exit: the thread is still reading.
-    os._exit(status if status >= 0 else 128 - status)
+    return status
 
 
 if __name__ == "__main__":

@@ -29,6 +29,19 @@ def test_a_server_ends_when_its_leash_is_let_go_and_its_temporary_files_go_with_
     assert not left.parent.exists()
 
 
+def test_a_killed_leash_takes_its_server_with_it_and_the_next_removes_its_temporary_files() -> None:
+    with subprocess.Popen([*LEASH, LIVES_ON], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as leash:
+        assert leash.stdout is not None
+        left = Path(leash.stdout.readline().strip())
+        (server,) = psutil.Process(leash.pid).children()
+        leash.kill()
+        assert psutil.wait_procs([server], timeout=30)[1] == []
+    assert left.is_file()
+    with subprocess.Popen([*LEASH, "pass"], stdin=subprocess.PIPE) as following:
+        assert following.wait(timeout=30) == 0
+    assert not left.parent.exists()
+
+
 def test_the_leash_ends_with_its_server_and_the_same_status() -> None:
     with subprocess.Popen([*LEASH, "raise SystemExit(3)"], stdin=subprocess.PIPE) as leash:
         assert leash.wait(timeout=30) == 3

@@ -258,18 +258,19 @@ async def test_the_doctor_reads_a_live_hub_and_a_dead_one(tmp_path: Path) -> Non
 
 
 def test_a_long_run_path_gets_a_short_socket_path(tmp_path: Path) -> None:
-    assert trainer_path(RunFolder(Path("/r"))) == Path("/r/hub.ipc")
+    with trainer_path(RunFolder(Path("/r"))) as plain:
+        assert plain == Path("/r/hub.ipc")
     long = RunFolder(tmp_path / ("x" * 90))
-    short = trainer_path(long)
-    assert len(str(short)) < 96
-    assert trainer_path(long) == short
-    short.parent.rmdir()
+    with trainer_path(long) as short, trainer_path(long) as again:
+        assert len(str(short)) < 96 and again == short
+    assert not short.parent.exists()
 
 
 async def test_the_hub_leaves_no_socket_behind(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / ("x" * 90))
     folder.path.mkdir()
-    room = trainer_path(folder).parent
+    with trainer_path(folder) as path:
+        room = path.parent
     async with bind_for_trainer(CONFIG, folder):
         assert (room / "hub.ipc").is_socket()
     assert not room.exists()
