@@ -89,6 +89,8 @@ def train(
     saved = None if state is None else state.step
     step = saved or 0
     memory: Memory = NOTHING if state is None else state.credit
+    due = False
+    save = partial(checkpoints.save, policy, optimizer, model=config.model.path)
     take = partial(prepare, config=config, shape=policy.shape, device=policy.device, ranks=ranks)
     with SharedHub.open(folder, config, ranks, stopping) as hub:
         lineage = hub.hello(step=step, config_digest=config.shared_digest)
@@ -111,9 +113,9 @@ def train(
             version = version_of(lineage=lineage, step=step)
             size = hub.publish(policy.published, version=version)
             watch.lap("publish_s")
-            if step % learner.checkpoint_every_steps == 0 or step == config.run.steps:
-                checkpoints.save(policy, optimizer, step=step, lineage=lineage, model=config.model.path, memory=memory)
-                saved = step
+            due = due or step % learner.checkpoint_every_steps == 0 or step == config.run.steps
+            if due and save(step=step, lineage=lineage, memory=memory, required=step == config.run.steps):
+                saved, due = step, False
             watch.lap("checkpoint_s")
             vitals = guard.see(step, report, taken.report)
             if ranks.first:
@@ -123,7 +125,7 @@ def train(
             if guard.raised:
                 break
         if saved != step and not guard.goes_back:
-            checkpoints.save(policy, optimizer, step=step, lineage=lineage, model=config.model.path, memory=memory)
+            save(step=step, lineage=lineage, memory=memory)
     log.info("trainer done", step=step, stopped=stopping.is_set())
     return guard.conclude(checkpoints)
 

@@ -29,7 +29,7 @@ from learner.trainer.tensor_file import TensorFile, write_tensors
 from matpo.adapters import CONFIG_FILE, TENSOR_FILE, only, peft_config, read_adapter
 from matpo.config import Lora
 from matpo.credit.scheme import NOTHING, Memory
-from matpo.errors import UserError
+from matpo.errors import NO_SPACE, UserError
 from matpo.model_files import TOKENIZER_FILES
 from protocols.records import Record
 from protocols.weights import combined_digest, file_digest, read_keyframe, tensor_identity, write_keyframe
@@ -90,43 +90,41 @@ class Checkpoints:
         lineage: int,
         model: Path,
         memory: Memory = NOTHING,
-    ) -> None:
+        required: bool = True,
+    ) -> bool:
         """Write `step-<step>` and remove all but the newest `keep`; the tokenizer is copied from the folder `model`.
 
-        `memory` is the credit scheme's.
+        `memory` is the credit scheme's. Where the disk has no room nothing changes: raises `UserError`, or logs it and
+        returns False where the checkpoint is not `required`.
         """
         weights, moments = Whole(policy.parameters), Whole(_optimizer_tensors(policy, optimizer))
         if not self.ranks.first:
             weights.help()
             moments.help()
-            return
-        final = self.folder / f"step-{step:06d}"
+            return True
         draft = self.folder / ".draft"  # one name, so that what a killed trainer left is cleared by the next save
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        digest = combined_digest(
-            tensor_identity(name, to_tensor(value, "float32"))
-            for name, value in write_tensors(draft / _file_of(policy), weights)
-        )
-        deque(write_tensors(draft / OPTIMIZER, moments), maxlen=0)
-        if policy.adapter is None:
-            policy.model.config.save_pretrained(draft)
-        else:
-            write_adapters(draft, policy.adapter.lora, base=model.resolve(), step=step)
-        for name in TOKENIZER_FILES:
-            if (model / name).is_file():
-                shutil.copyfile(model / name, draft / name)
-        state = TrainerState(step=step, lineage=lineage, weights=digest, credit=dict(memory))
-        files = {path.name: file_digest(path) for path in sorted(draft.iterdir()) if path.is_file()}
-        manifest = _Manifest(state=state, files=files)
-        (draft / MANIFEST).write_bytes(orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
-        for path in (*draft.rglob("*"), draft):
-            _flush(path)
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            digest = _write(draft, policy, weights, moments, step=step, model=model)
+            _seal(draft, TrainerState(step=step, lineage=lineage, weights=digest, credit=dict(memory)))
+        except OSError as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            if error.errno not in NO_SPACE:
+                raise
+            why = f"the checkpoint of step {step} has no room in {str(self.folder)!r} ({error.strerror})"
+            remedy = "free some there, or lower learner.keep_checkpoints"
+            if required or self.ranks.count > 1:  # the other ranks wait for tensors that were to follow
+                raise UserError(f"{why}; {remedy}, then resume the run") from error
+            log.error("checkpoint not written, training goes on", reason=why, remedy=remedy)
+            return False
+        final = self.folder / f"step-{step:06d}"
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
         _flush(self.folder)
         for old in self._newest_first()[self.keep :]:
             shutil.rmtree(old)
+        return True
 
     def newest(self) -> TrainerState | None:
         """State of the newest sound checkpoint, without loading it."""
@@ -192,6 +190,32 @@ class Checkpoints:
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"), reverse=True) if self.folder.is_dir() else []
+
+
+def _write(draft: Path, policy: Policy, weights: Whole, moments: Whole, *, step: int, model: Path) -> str:
+    """Everything but the manifest; returns the digest of the weights."""
+    digest = combined_digest(
+        tensor_identity(name, to_tensor(value, "float32"))
+        for name, value in write_tensors(draft / _file_of(policy), weights)
+    )
+    deque(write_tensors(draft / OPTIMIZER, moments), maxlen=0)
+    if policy.adapter is None:
+        policy.model.config.save_pretrained(draft)
+    else:
+        write_adapters(draft, policy.adapter.lora, base=model.resolve(), step=step)
+    for name in TOKENIZER_FILES:
+        if (model / name).is_file():
+            shutil.copyfile(model / name, draft / name)
+    return digest
+
+
+def _seal(draft: Path, state: TrainerState) -> None:
+    """Write the manifest, and see that all is on the disk."""
+    files = {path.name: file_digest(path) for path in sorted(draft.iterdir()) if path.is_file()}
+    manifest = _Manifest(state=state, files=files)
+    (draft / MANIFEST).write_bytes(orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
+    for path in (*draft.rglob("*"), draft):
+        _flush(path)
 
 
 def write_adapters(folder: Path, lora: Lora, *, base: Path, step: int) -> None:

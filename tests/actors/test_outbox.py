@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
@@ -18,6 +16,7 @@ from protocols.codec import decode_tree
 from protocols.messages import Refuse, TreeUpload
 from tests.actors.trees import small_tree
 from tests.counting import lines_run
+from tests.disk import full_disk
 
 PATIENCE_S = 10.0
 
@@ -65,17 +64,6 @@ async def test_a_tree_goes_out_whole_and_its_file_goes_when_it_is_acknowledged(t
             outbox.acknowledge("a")
             assert len(outbox) == 0 and tree_files(tmp_path) == []
             tasks.cancel_scope.cancel()
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """No file of this process may grow: the kernel refuses the write, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 async def test_a_tree_the_disk_has_no_room_for_is_kept_in_memory_and_delivered(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import signal
 from pathlib import Path
 
 import anyio
@@ -13,6 +11,7 @@ from matpo.errors import UserError
 from protocols.messages import WeightsLoaded
 from protocols.weights import read_keyframe, weights_digest
 from tests.actors.weights.parts import Shelf, following
+from tests.disk import full_disk
 
 
 async def test_a_keyframe_arrives_in_chunks_and_then_deltas_suffice(tmp_path: Path) -> None:
@@ -126,16 +125,10 @@ async def test_the_engine_gets_the_file_its_weights_are_mapped_from(tmp_path: Pa
 
 
 async def test_no_room_for_the_weights_ends_the_actor_with_the_remedy(tmp_path: Path) -> None:
-    """A limit on file sizes stands in for a full disk."""
     with pytest.raises(ExceptionGroup) as caught:
         async with following(tmp_path) as (shelf, _, _, follower):
             ready = shelf.publish(0, delta=False)
-            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            try:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+            with full_disk(above_bytes=4096):
                 follower.announce(ready)
                 await anyio.sleep_forever()
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.group_contains(UserError, match=r"set actor\.weights\.memory")

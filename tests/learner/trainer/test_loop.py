@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from learner.hub.journal import Journal
 from learner.hub.settled import Settler
@@ -15,11 +16,14 @@ from learner.trainer.checkpoint import Checkpoints
 from learner.trainer.hub import Hub, NoHub
 from matpo.errors import UserError
 from matpo.folder import RunFolder
+from matpo.load import load_config
 from matpo.metrics import read_metrics
 from protocols.delta import apply_delta
 from protocols.messages import Publish
 from protocols.records import version_of
 from protocols.weights import Weights, covering, read_keyframe, weights_digest
+from tests.disk import full_disk
+from tests.learner.trainer.models import tiny_model
 from tests.learner.trainer.runs import StopAfter, ledger, make_run, run_trainer
 
 
@@ -117,6 +121,30 @@ def test_a_killed_trainer_repeats_what_its_checkpoint_lacks_and_nothing_is_train
     assert [done.step for done in hub.steps_done] == [5]
     assert list(ledger(killed)) == list(ledger(whole))
     assert digest_of(killed.path) == digest_of(whole.path)
+
+
+def test_a_checkpoint_without_room_is_named_and_training_goes_on_to_its_end_or_ends_in_one_line(tmp_path: Path) -> None:
+    for name in ("whole", "full"):
+        (tmp_path / name).mkdir()
+        # A model whose optimizer state is the largest file of all.
+        make_run(tmp_path / name, steps=7)
+        tiny_model("qwen3", head_width=128).save_pretrained(tmp_path / name / "model")
+    whole, full = (RunFolder.existing(tmp_path / name) for name in ("whole", "full"))
+    config = {name: load_config(tmp_path / name / "config.json") for name in ("whole", "full")}
+    run_trainer(whole, config["whole"])
+    run_trainer(full, config["full"], stopping=StopAfter(3))
+    sound = Checkpoints(full.checkpoints, keep=2).newest()
+    assert sound is not None and sound.step < 5
+    ends = pytest.raises(UserError, match=r"checkpoint of step 7 has no room in .* \(File too large\); free")
+    with capture_logs() as lines, full_disk(above_bytes=400_000), ends:
+        run_trainer(full, config["full"])
+    refused = [line for line in lines if line["event"] == "checkpoint not written, training goes on"]
+    first = sound.step + 2 - sound.step % 2
+    assert [line["reason"].split()[4] for line in refused] == [str(step) for step in range(first, 7)]
+    assert Checkpoints(full.checkpoints, keep=2).newest() == sound
+    assert not (full.checkpoints / ".draft").exists()
+    run_trainer(full, config["full"])
+    assert digest_of(full.path) == digest_of(whole.path)
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
