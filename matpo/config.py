@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from matpo.attention_config import AttentionChoice, check_attention
 from matpo.collapse_config import Collapse as Collapse
 from matpo.combinations import misfit, refusal, shown
+from matpo.credit.agent_turn import AgentTurn
 from matpo.credit.broadcast import Broadcast as Broadcast
 from matpo.credit.chosen import Credit as Credit
 from matpo.endpoint_config import Endpoint as Endpoint
@@ -350,6 +351,8 @@ class Config(Section):
         delegates = {name: role.delegates for name, role in episode.roles.items()}
         shows = shown(episode.workflow, episode.root, delegates, workers_earn=self.rewards.workers != "none")
         reason = refusal(episode.workflow.kind, shows, learner.credit, learner.objective)
+        if self.rewards.local is not None and not isinstance(learner.credit, AgentTurn):
+            reason = reason or f"rewards.local has no effect with learner.credit {learner.credit.name!r}; remove it"
         reason = reason or misfit(episode.workflow.kind, learner.credit, tuple(delegates), learner.zero_variance)
         if reason is not None:
             raise ValueError(reason)

@@ -44,6 +44,9 @@ class Rewards(Section):
     workers: Literal["none", "format", "fact"] | EntryPoint = "none"
     """What a worker's own act earns, for credit schemes that look at it: its calls' format, whether it reports the fact
     it was asked for (where the task knows them), or a function `(task, subtask, report) -> float | None`."""
+    local: EntryPoint | None = None
+    """With `learner.credit = "agent_turn"`: what an agent's answer earns by itself, beside the joint answers it is part
+    of: a function `(task, role, message) -> float | None`."""
     judge: Judge | None = None
     """With `answer = "judge"`: who judges."""
     code_tool: str = "run_python"

@@ -12,7 +12,7 @@ from actors.together import together
 from actors.workflows.acting import Act, enter, mean, peers, play
 from matpo.rewards.verdict import Verdict
 from matpo.workflow_config import Magrpo
-from protocols.records import Joint
+from protocols.records import INFRASTRUCTURE, Joint
 
 PASSED, FAILED = "All is well.", "Something is wrong yet."
 
@@ -45,7 +45,10 @@ async def _node(
     scene: Scene, settings: Magrpo, drawn: Sequence[Sequence[Act]], *, after: int | None, turns_left: int
 ) -> float | None:
     """`drawn`: per agent, its samples. Returns the mean return of the node's joint answers, None if none was scored."""
-    await play([act for samples in drawn for act in samples])
+    acts = [act for samples in drawn for act in samples]
+    await play(acts)
+    if scene.stage.config.rewards.local is not None and scene.purpose == "train":
+        await together([partial(_earn, scene, act) for act in acts])
     combined = zip(*drawn, strict=True) if settings.pairing == "aligned" else product(*drawn)
     played = await together([partial(_appraise, scene, acts) for acts in combined])
     numbered = [_joined(scene, acts, verdict, after) for acts, verdict in played]
@@ -54,6 +57,12 @@ async def _node(
     later = await together([partial(_follow, scene, settings, one, turns_left) for one in following])
     returns = {one.joint: value for one, value in zip(following, later, strict=True)}
     return mean([None if r is None else r + (returns.get(joint) or 0.0) for joint, r in scores.items()])
+
+
+async def _earn(scene: Scene, act: Act) -> None:
+    """Note what an answer is worth by itself."""
+    broken = act.run.status in INFRASTRUCTURE
+    scene.earn(act.index, None if broken else await scene.stage.score.local(scene.task, act.run.role, act.run.final))
 
 
 async def _appraise(scene: Scene, acts: tuple[Act, ...]) -> tuple[tuple[Act, ...], Verdict]:

@@ -71,6 +71,8 @@ AnswerFunction = UserFunction[[Task, tuple[str, ...]]]
 """A task and the final messages of those who answered (one, or those of a joint answer) → what they are worth."""
 WorkerFunction = UserFunction[[Task, str, str]]
 """A task, a subtask and the report on it → what the worker's act earned."""
+LocalFunction = UserFunction[[Task, str, str]]
+"""A task, a role and its message → what that answer earned beside those it was given with."""
 PlayFunction = UserFunction[[Play]]
 """A finished episode → one part of its reward."""
 
@@ -83,6 +85,11 @@ def answer_function(name: str) -> AnswerFunction:
 def worker_function(name: str) -> WorkerFunction:
     """The function of `rewards.workers`. Raises `UserError`."""
     return UserFunction(name, cast(Callable[[Task, str, str], Score], _found(name, ("task", "subtask", "report"))))
+
+
+def local_function(name: str) -> LocalFunction:
+    """The function of `rewards.local`. Raises `UserError`."""
+    return UserFunction(name, cast(Callable[[Task, str, str], Score], _found(name, ("task", "role", "message"))))
 
 
 def play_function(name: str) -> PlayFunction:

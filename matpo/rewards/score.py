@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from matpo.rewards.call_format import format_score
 from matpo.rewards.cost import critical_steps, spawned
-from matpo.rewards.entry_point import PlayFunction, play_function, worker_function
+from matpo.rewards.entry_point import PlayFunction, local_function, play_function, worker_function
 from matpo.rewards.performance import Performance, Play
 from matpo.rewards.reading import fact_reported, reading
 from matpo.rewards_config import Rewards
+from protocols.records import Task
 
 PARTS = ("answer", "format", "format_planner", "format_worker", "reading", "steps", "spawned", "total")
 
@@ -21,6 +22,7 @@ class Scorer:
         """Raises `UserError` where a user's function cannot be had."""
         self._rewards = rewards
         self._worker = worker_function(rewards.workers) if ":" in rewards.workers else None
+        self._local = None if rewards.local is None else local_function(rewards.local)
         self._own: dict[str, PlayFunction] = {
             name: play_function(part.function) for name, part in rewards.parts.items()
         }
@@ -33,6 +35,10 @@ class Scorer:
         if self._worker is not None:
             return await self._worker(play.task, worker.subtask, worker.final or "")
         return format_score(worker.calls) if measure == "format" else fact_reported(play, worker)
+
+    async def local(self, task: Task, role: str, message: str | None) -> float | None:
+        """What an answer earned by itself; None for what is not scored, as an answer that never came."""
+        return None if self._local is None or message is None else await self._local(task, role, message)
 
     async def __call__(self, play: Play, answer: float | None) -> dict[str, float | None]:
         """Reward parts by name. Only `total` trains the policy, where the workflow scores no acts of its own.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import anyio
 import numpy as np
 import pytest
@@ -22,10 +24,12 @@ ROLES: dict[str, dict[str, object]] = {
 }
 
 
-def open_stage(script: Script, answer: str = "cover", **workflow: object) -> Stage:
+def open_stage(
+    script: Script, answer: str = "cover", *, rewards: Mapping[str, str] | None = None, **workflow: object
+) -> Stage:
     config = settings(ROLES, workflow={"kind": "magrpo", "agents": ["left", "right"], **workflow})
-    rewards = config.rewards.model_copy(update={"answer": answer, "answer_weight": 1.0, "format_weight": 0.0})
-    return stage(config.model_copy(update={"rewards": rewards}), script)[0]
+    measured = {"answer": answer, "answer_weight": 1.0, "format_weight": 0.0, **(rewards or {})}
+    return stage(config.model_copy(update={"rewards": config.rewards.model_copy(update=measured)}), script)[0]
 
 
 async def played(on_stage: Stage, purpose: Purpose = "train") -> EpisodeTree:
@@ -85,6 +89,22 @@ async def test_the_next_turn_reads_the_feedback_and_is_a_trajectory_of_its_own_a
     assert [turn.kind for turn in second.turns] == ["prompt", "instruction", "sampled"]
     assert int(np.count_nonzero(second.sampled)) == second.turns[2].stop - second.turns[2].start
     assert not second.sampled[: len(first.tokens)].any()
+
+
+def named(task: Task, role: str, message: str) -> float:
+    """A local reward: half a point for a name of the task's, and a tenth for being the left one."""
+    return 0.5 * (message in task.answers) + 0.1 * (role == "left")
+
+
+async def test_an_answer_may_earn_something_by_itself_beside_its_joint_answers() -> None:
+    script = in_turn(left=["Ann", "Zoe"], right=["Zoe", "Bob"])
+    on_stage = open_stage(script, rewards={"local": f"{__name__}:named"}, turns=1, samples=2)
+    tree = await played(on_stage)
+    assert [t.role for t in tree.trajectories] == ["left", "left", "right", "right"]
+    assert tree.earned == (0.6, 0.1, 0.0, 0.5)
+    assert [joint.reward for joint in tree.joints] == [0.5, 0.5]
+    evaluated = open_stage(in_turn(left=["Ann"], right=["Bob"]), rewards={"local": f"{__name__}:named"}, turns=1)
+    assert (await played(evaluated, "eval")).earned == ()
 
 
 async def test_aligned_samples_make_a_tree_of_pairs_whose_returns_add_up_from_the_leaves() -> None:
