@@ -3,7 +3,8 @@
 Under `accelerate launch` or `torchrun` there is one of it per rank. The first keeps the hub and its own rank of the
 trainer, the others become ranks; when one dies, whoever launched them starts all again.
 
-Exit codes: 0 the run is complete, 2 something to fix, 130 stopped by SIGTERM or SIGINT before that.
+Exit codes: 0 the run is complete, 2 something to fix, 3 the run paused, 130 stopped by SIGTERM or SIGINT before that.
+A run that paused ends with 0 under a launcher that would start it again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from learner.supervisor import TRAINER_FROZEN_S, TRAINER_LEAVE_LIMIT_S, Supervis
 from matpo.errors import UserError, run_command
 from matpo.folder import RunFolder
 from matpo.keeper import MOST_FAILURES, Kept, Patience, always
-from matpo.launched import launched_ranks, own_rank
+from matpo.launched import code_for_launcher, launched_ranks, own_rank
 from matpo.load import load_config
 from matpo.logs import configure_logs
 from matpo.owner import Owner, add_owned
@@ -31,7 +32,7 @@ LAUNCHED_LEAVE_LIMIT_S = 20.0
 
 def main() -> None:
     """Entry point of the `matpo-learner` command."""
-    sys.exit(run_command(lambda: run(sys.argv[1:])))
+    sys.exit(code_for_launcher(run_command(lambda: run(sys.argv[1:]))))
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,7 +1,7 @@
 """`python -m learner.launch --run RUN`: the trainer's ranks on this machine. They live together: the first that fails
 ends them all, and whoever keeps this process starts it again.
 
-Exit codes: 0 the last step is taken, 1 a rank died, 2 something to fix, 130 stopped by a signal.
+Exit codes: 0 the last step is taken, 1 a rank died, 2 something to fix, 3 the run paused, 130 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Final
 import anyio
 
 from learner.supervisor import INTERRUPTED, TRAINER_FROZEN_S
-from matpo.errors import UserError, run_command
+from matpo.errors import PAUSED, USER_ERROR, Paused, UserError, run_command
 from matpo.folder import RunFolder
-from matpo.keeper import USER_ERROR, Kept, Patience, always
+from matpo.keeper import Kept, Patience, always
 from matpo.load import load_config
 from matpo.logs import configure_logs
 from matpo.owner import Owner, add_owned
@@ -41,7 +41,7 @@ class Launch:
     """In the order in which the ranks ended."""
 
     async def run(self) -> int:
-        """Until all ranks have ended. Raises `UserError` in the words of the rank that has something to fix."""
+        """Until all ranks have ended. Raises `UserError` in the words of a rank that paused or has something to fix."""
         with ExitStack() as kept:
             for rank in self.ranks:
                 kept.enter_context(rank)
@@ -65,6 +65,8 @@ class Launch:
         failed = {name: code for name, code in self.codes.items() if code != 0}
         # Whoever lost another rank fails too: what a user can fix comes first, then what failed first.
         for rank in self.ranks:
+            if failed.get(rank.name) == PAUSED:
+                raise Paused(rank.last_words())
             if failed.get(rank.name) == USER_ERROR:
                 raise UserError(rank.last_words())
         if not failed:

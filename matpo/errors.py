@@ -1,4 +1,4 @@
-"""Errors a user can fix. Entry points print them in one line and exit with 2; everything else is a bug and crashes."""
+"""Errors a user can fix. Entry points print them in one line and exit with 2 or 3; all else is a bug and crashes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import sys
 import traceback
 from collections.abc import Callable
 from types import TracebackType
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from matpo.redaction import hide
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Numbers of the `OSError` of a full disk, a used-up quota, a file-size limit."""
+
+USER_ERROR: Final = 2
+PAUSED: Final = 3
+"""Exit codes: of `UserError`, and of `Paused`."""
 
 Kind = TypeVar("Kind", bound=Exception)
 
@@ -21,14 +25,18 @@ class UserError(Exception):
     """Names the thing, its value and the remedy, in one line."""
 
 
+class Paused(UserError):
+    """The run is saved and ends in order, on all ranks: it goes on only when somebody starts it again."""
+
+
 def run_command(main: Callable[[], int]) -> int:
-    """Run an entry point: a `UserError` becomes one line on stderr and exit code 2. No secret is printed."""
+    """Run an entry point: a `UserError` becomes one line on stderr and its exit code. No secret is printed."""
     sys.excepthook = _print_hidden
     try:
         return main()
     except UserError as error:
         sys.stderr.write(f"error: {hide(str(error))}\n")
-        return 2
+        return PAUSED if isinstance(error, Paused) else USER_ERROR
     except KeyboardInterrupt:
         return 130
 

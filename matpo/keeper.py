@@ -20,7 +20,7 @@ import anyio
 import structlog
 from anyio.abc import Process
 
-from matpo.errors import UserError
+from matpo.errors import PAUSED, USER_ERROR, Paused, UserError
 from matpo.owner import OWNED
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -31,7 +31,6 @@ KILLED_HEALTHY_S: Final = 10.0
 """… one that was killed from outside after so long: it is not to blame."""
 MOST_FAILURES: Final = 10
 """In a row; then it is no accident."""
-USER_ERROR: Final = 2
 GRACE_S: Final = 2.0
 
 Command = Callable[[], Awaitable[Sequence[str]]]
@@ -93,7 +92,7 @@ class Kept:
     async def keep(self, stopping: anyio.Event) -> int:
         """Until it ends with 0, or ends once `stopping` is set; returns the exit code.
 
-        Raises `UserError` with its own words when it has something to fix or always dies.
+        Raises `UserError` with its own words when it paused, has something to fix or always dies.
         """
         failures = 0
         while True:
@@ -104,6 +103,8 @@ class Kept:
             code = await self._once(command, stopping)
             if code == 0 or stopping.is_set():
                 return code
+            if code == PAUSED:
+                raise Paused(self.last_words())
             if code == USER_ERROR:
                 raise UserError(f"{self.name} could not go on: {self.last_words()}")
             healthy_s = HEALTHY_S if code > 0 else KILLED_HEALTHY_S

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 
+from matpo.errors import PAUSED
+
 
 def launched_ranks() -> int:
     """How many processes train together, on all machines; 1 where no launcher says otherwise."""
@@ -29,3 +31,10 @@ def rank_name(rank: int) -> str:
 def restarts() -> int:
     """How often the launcher has started all ranks again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def code_for_launcher(code: int) -> int:
+    """The exit code of a process that a launcher started. A launcher takes any but 0 for a failure and starts all ranks
+    again while it may, so a run that paused ends with 0 then."""
+    most = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return 0 if code == PAUSED and restarts() < most else code

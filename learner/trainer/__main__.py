@@ -29,7 +29,7 @@ from matpo.config import Config
 from matpo.credit.scheme import NOTHING, Memory
 from matpo.errors import run_command
 from matpo.folder import RunFolder
-from matpo.launched import launched_ranks, own_rank, rank_name
+from matpo.launched import code_for_launcher, launched_ranks, own_rank, rank_name
 from matpo.load import load_config
 from matpo.logs import configure_logs
 from matpo.metrics import MetricsFile
@@ -147,7 +147,7 @@ def shared_step(training: Training, taken: StepInput, config: Config, step: int,
 
 def run(arguments: Sequence[str]) -> int:
     """Exit code 0: the last step is taken. 130: SIGTERM/SIGINT was obeyed. Both 1 and 130 let a supervisor that goes
-    on itself start it again."""
+    on itself start it again, 2 and 3 (the run paused) do not."""
     parser = argparse.ArgumentParser(prog="python -m learner.trainer", description=__doc__)
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="folder of the run")
     add_owned(parser)
@@ -187,4 +187,5 @@ def stop_on_signals(stopping: threading.Event) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: run(sys.argv[1:])))
+    ended = run_command(lambda: run(sys.argv[1:]))
+    sys.exit(code_for_launcher(ended) if own_rank() else ended)  # the first rank's supervisor is to know

@@ -16,7 +16,7 @@ from learner.trainer.ranks import Ranks
 from learner.trainer.report import StepReport
 from matpo.collapse import Alarm, CollapseWatch, Vitals, append_rollback, read_rollbacks, slowed, watch_from
 from matpo.config import Config
-from matpo.errors import UserError
+from matpo.errors import Paused
 from matpo.folder import RunFolder
 from matpo.metrics import read_metrics
 from matpo.objective.report import merged_policy
@@ -71,14 +71,14 @@ class Guard:
     def conclude(self, checkpoints: Checkpoints) -> bool:
         """After training ended: whether it is to begin again, from a checkpoint of before the first sign.
 
-        Raises `UserError` on all ranks where the run pauses: because that is asked for, or nothing is left to go to.
+        Raises `Paused` on all ranks where the run pauses: because that is asked for, or nothing is left to go to.
         """
         if not self.raised:
             return False
         told = self.ranks.share([self._conclude(checkpoints).encode()] if self.ranks.first else None)
         reason = bytes(told[0]).decode()
         if reason:
-            raise UserError(reason)
+            raise Paused(reason)
         return True
 
     def _conclude(self, checkpoints: Checkpoints) -> str:

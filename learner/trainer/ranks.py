@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from matpo.config import Learner
-from matpo.errors import UserError
+from matpo.errors import Paused, UserError
 from matpo.launched import launched_ranks, local_rank, own_rank, restarts
 
 CPU: Final = torch.device("cpu")
@@ -107,8 +107,12 @@ def joined(learner: Learner) -> Iterator[Ranks]:
     # A launcher may keep one store for all its restarts, and in it the addresses of ranks that have ended.
     store = PrefixStore(f"start-{restarts()}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
-    yield Ranks(rank, count, device)
-    dist.destroy_process_group()  # not after an error: it might wait for the rank that is lost
+    try:
+        yield Ranks(rank, count, device)
+    except Paused:
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()  # not after another error: it might wait for the rank that is lost
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from learner.hub.batches import split_frames
 from learner.hub.journal import Journal, integer, text
 from learner.trainer.lora import Adapter
-from learner.trainer.publish import Parameters, to_weights
+from learner.trainer.publish import to_weights
 from matpo.adapters import TENSOR_FILE
 from matpo.folder import RunFolder
 from matpo.load import load_config
@@ -55,11 +56,13 @@ def audit(run: Path) -> Audit:
     _check_stamps(trees, published)
     differences = [np.zeros(int(part.sampled.sum()), dtype=np.float32) for part in parts]
     for version in seen:
-        model, weights = _model_of(folder, step_of(version))
+        model, adapter = _model_of(folder, step_of(version))
+        weights = dict(model.named_parameters()) if adapter is None else adapter.published
         held = weights_digest(to_weights(weights, "float32"))
         assert held == published[version], f"version {version} was published with other weights than its checkpoint's"
         for part, into in zip(parts, differences, strict=True):
-            _compare(model, part, version, into)
+            with _played(adapter, part.role):
+                _compare(model, part, version, into)
     found = np.concatenate(differences)
     swapped = np.concatenate([_after_swap(part) for part in parts])
     return Audit(
@@ -79,21 +82,32 @@ def _check_stamps(trees: list[EpisodeTree], published: dict[int, str]) -> None:
         assert stamps.items() <= published.items(), f"tree {tree.tree_id} was sampled with unknown weights {stamps}"
 
 
-def _model_of(folder: RunFolder, step: int) -> tuple[PreTrainedModel, Parameters]:
-    """The model a step led to, and what was published of it."""
+def _model_of(folder: RunFolder, step: int) -> tuple[PreTrainedModel, Adapter | None]:
+    """The model a step led to, and the adapters in it if it is those that were trained."""
     config = load_config(folder.config)
     path = folder.checkpoints / f"step-{step:06d}"
     lora = config.model.lora
     source = path if step and lora is None else config.model.path
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True)
     if lora is None:
-        return model, dict(model.named_parameters())
+        return model, None
     adapter = Adapter.attach(model, lora, seed=config.run.seed)
     if step:
         with torch.no_grad():
             for name, tensor in load_file(path / TENSOR_FILE).items():
                 adapter.parameters[name].copy_(tensor)
-    return model, adapter.published
+    return model, adapter
+
+
+def _played(adapter: Adapter | None, role: str) -> AbstractContextManager[None]:
+    """The model as it plays a role."""
+    if adapter is None:
+        return nullcontext()
+    name = adapter.lora.adapter_of(role)
+    if name is None:
+        return adapter.disabled()
+    adapter.play(name)
+    return nullcontext()
 
 
 def _compare(model: PreTrainedModel, part: Trajectory, version: int, into: Floats) -> None:

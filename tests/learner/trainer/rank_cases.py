@@ -32,7 +32,8 @@ from learner.trainer.report import StepReport, merged
 from learner.trainer.setup import make_deterministic
 from learner.trainer.sharding import Whole
 from learner.trainer.step import accumulate, make_optimizer, train_step
-from matpo.config import Learner, Lora, Tis
+from matpo.config import Dppo, Gspo, Learner, Lora, Objective, Tis
+from matpo.errors import Paused
 from matpo.folder import RunFolder
 from matpo.load import load_config
 from matpo.metrics import MetricsFile
@@ -42,6 +43,8 @@ from tests.learner.trainer.test_exactness import random_rows
 Found = dict[str, Any]  # JSON of a case's own shape
 ADAM = Learner(lr=1e-2, optimizer_steps_per_batch=2)
 TRAINED = {"all": None, "adapter": Lora(rank=2)}
+OF_TRAJECTORIES: dict[str, Objective] = {"gspo": Gspo(clip_low=0.3, clip_high=0.3), "masked": Dppo(sequence_mask=0.1)}
+"""Objectives that look at whole trajectories."""
 
 
 def model_of(family: Family, *, tied: bool = True) -> PreTrainedModel:
@@ -93,6 +96,29 @@ def gradients(ranks: Ranks, folder: Path) -> Found:
     write_gradients(ranks, policy, folder / "bfloat16.safetensors")
     local = sum(p.to_local().numel() for p in policy.parameters.values() if isinstance(p, DTensor))
     return {"losses": losses, "local": local}
+
+
+def trajectory_gradients(ranks: Ranks, folder: Path) -> Found:
+    """Of objectives that look at whole trajectories."""
+    for name, objective in OF_TRAJECTORIES.items():
+        policy = policy_of(ranks, Learner())
+        accumulate(policy, batches_of(ranks, random_rows(12, seed=3)), objective)
+        write_gradients(ranks, policy, folder / f"{name}.safetensors")
+    return {}
+
+
+def guarded_rates(ranks: Ranks, _: Path) -> Found:
+    """Learning rates of two steps with the ESS guard; in the second one rank has no sampled tokens at all."""
+    learner = ADAM.model_copy(update={"ess_guard": True, "warmup_steps": 0, "optimizer_steps_per_batch": 1})
+    policy = policy_of(ranks, learner)
+    optimizer = make_optimizer(policy, learner)
+    few = micro_batch(random_rows(5, seed=4) if ranks.first else [], ranks.device)
+    rows = (batches_of(ranks, step_rows(1)), [few])
+    steps = [
+        train_step(policy, optimizer, batches, learner, step=step, steps=10, ranks=ranks)
+        for step, batches in enumerate(rows, 1)
+    ]
+    return {"rates": [report.lr for report in steps]}
 
 
 def finish(
@@ -157,10 +183,15 @@ def say(ranks: Ranks, _: Path) -> Found:
 
 
 def run_trainer(ranks: Ranks, folder: Path) -> Found:
-    run, stopping = RunFolder.existing(folder), threading.Event()
+    """As the trainer's `run` does: from the start again after a rollback, until the last step or a pause."""
+    run, stopping, begun = RunFolder.existing(folder), threading.Event(), 1
     with closing(MetricsFile(run.metrics)) as metrics:
-        train(run, load_config(run.config), metrics, stopping, ranks)
-    return {}
+        try:
+            while train(run, load_config(run.config), metrics, stopping, ranks):
+                begun += 1
+        except Paused as error:
+            return {"begun": begun, "paused": str(error)}
+    return {"begun": begun}
 
 
 def die_on_the_second_rank(ranks: Ranks, _: Path) -> Found:
@@ -187,6 +218,8 @@ CASES: dict[str, Callable[..., Found]] = {
     case.__name__: case
     for case in (
         gradients,
+        trajectory_gradients,
+        guarded_rates,
         save_at_2_and_go_on_to_4,
         resume_at_2,
         load_and_save_again,

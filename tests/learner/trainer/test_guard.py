@@ -12,7 +12,7 @@ from learner.trainer import replay
 from learner.trainer.checkpoint import Checkpoints
 from matpo.collapse import read_rollbacks
 from matpo.config import Config
-from matpo.errors import UserError
+from matpo.errors import Paused
 from matpo.folder import RunFolder
 from matpo.load import load_config
 from matpo.metrics import read_metrics
@@ -44,7 +44,7 @@ def test_every_step_tells_its_vitals_and_the_signs_seen(tmp_path: Path) -> None:
 
 def test_a_run_that_pauses_is_saved_and_goes_on_when_it_is_started_again(tmp_path: Path) -> None:
     folder, _ = make_run(tmp_path, steps=3)
-    with pytest.raises(UserError, match="training is paused and saved at step 1: signs of a collapse since step 1"):
+    with pytest.raises(Paused, match="training is paused and saved at step 1: signs of a collapse since step 1"):
         run_trainer(folder, alarmed(folder, "pause"))
     assert newest(folder) == 1
     run_trainer(folder, alarmed(folder, "off"))
@@ -68,7 +68,7 @@ def test_a_rollback_forgets_what_came_after_the_last_good_checkpoint_and_slows_d
 
 def test_a_run_with_no_checkpoint_from_before_the_signs_pauses_instead(tmp_path: Path) -> None:
     folder, _ = make_run(tmp_path, steps=3)
-    with pytest.raises(UserError, match="no checkpoint is older than the signs of a collapse since step 1"):
+    with pytest.raises(Paused, match="no checkpoint is older than the signs of a collapse since step 1"):
         run_trainer(folder, alarmed(folder, "rollback"))
 
 
@@ -77,7 +77,7 @@ def test_going_back_to_the_same_checkpoint_in_vain_ends_in_a_pause(tmp_path: Pat
     run_trainer(folder, config, stopping=StopAfter(3))
     for _ in range(3):
         run_trainer(folder, alarmed(folder, "rollback"))
-    with pytest.raises(UserError, match="3 times did not help"):
+    with pytest.raises(Paused, match="3 times did not help"):
         run_trainer(folder, alarmed(folder, "rollback"))
 
 
@@ -91,3 +91,19 @@ def test_rollback_is_refused_with_a_single_checkpoint() -> None:
                 "learner": {"keep_checkpoints": 1, "collapse": {"action": "rollback"}},
             }
         )
+
+
+@pytest.mark.parametrize("action", ["pause", "rollback"])
+def test_two_ranks_pause_and_go_back_together_as_one_does(tmp_path: Path, action: Literal["pause", "rollback"]) -> None:
+    """They begin at step 3 with a checkpoint of step 2."""
+    runs = [make_made(tmp_path / name) for name in ("one", "two")]
+    for folder in runs:
+        run_trainer(folder, load_config(folder.config), stopping=StopAfter(3))
+        alarmed(folder, action)
+    with JournalHub(runs[0]):
+        alone = rank_cases.run_trainer(ALONE, runs[0].path)
+    with JournalHub(runs[1]), Pair(rank_timeout_s=60) as pair:
+        first, second = pair.do(rank_cases.run_trainer, runs[1].path)
+    told = str(alone["paused"]).replace(str(runs[0].path), str(runs[1].path))
+    assert first == second
+    assert first["begun"] == alone["begun"] == {"pause": 1, "rollback": 4}[action]

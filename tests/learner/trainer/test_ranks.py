@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import select
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Self
 
-import orjson
 import pytest
 import torch
 from pydantic import JsonValue
@@ -32,64 +24,10 @@ from matpo.errors import UserError
 from matpo.metrics import read_metrics
 from tests.learner.trainer import rank_cases
 from tests.learner.trainer.models import Family
+from tests.learner.trainer.pair import Pair
 from tests.learner.trainer.rank_cases import Found
 from tests.learner.trainer.runs import JournalHub, ledger, make_run, run_trainer
 from tests.learner.trainer.test_exactness import CPU, random_rows, relative_difference
-
-ANSWER_LIMIT_S = 120.0
-
-
-class Pair:
-    """Two processes that meet as ranks and then do the cases they are told."""
-
-    def __init__(self, *, rank_timeout_s: float, device: str = "cpu") -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-        self._ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.learner.trainer.rank_cases", str(rank_timeout_s), device],
-                env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,  # a line read ahead would be waited for in vain
-            )
-            for rank in range(2)
-        ]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for rank in self._ranks:
-            rank.kill()
-            rank.communicate()
-
-    def begin(self, case: Callable[..., Found], folder: Path, *trained: str) -> None:
-        for rank in self._ranks:
-            assert rank.stdin is not None
-            rank.stdin.write((" ".join([case.__name__, str(folder), *trained]) + "\n").encode())
-            rank.stdin.flush()
-
-    def answer(self, rank: int) -> Found:
-        """What a rank found; fails if it takes too long or ended."""
-        output = self._ranks[rank].stdout
-        assert output is not None
-        deadline = time.monotonic() + ANSWER_LIMIT_S
-        while time.monotonic() < deadline:
-            if select.select([output], [], [], deadline - time.monotonic())[0]:
-                line = output.readline()
-                assert line, f"rank {rank} ended"
-                if line.startswith(b'{"event') or not line.startswith(b"{"):
-                    continue  # a line of its log
-                found: Found = orjson.loads(line)
-                if "timestamp" not in found:
-                    return found
-        raise TimeoutError(f"rank {rank} gave no answer within {ANSWER_LIMIT_S:g} s")
-
-    def do(self, case: Callable[..., Found], folder: Path, *trained: str) -> list[Found]:
-        self.begin(case, folder, *trained)
-        return [self.answer(rank) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +83,27 @@ def test_bfloat16_on_two_ranks_means_the_same_as_on_one(pair: Pair, tmp_path: Pa
     two = load_file(tmp_path / "bfloat16.safetensors")
     assert {grad.dtype for grad in two.values()} == {torch.float32}
     assert relative_difference(two, exact) < 1.5 * relative_difference(one, exact)
+
+
+def test_two_ranks_give_the_gradients_of_one_where_whole_trajectories_are_looked_at(pair: Pair, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    rank_cases.trajectory_gradients(ALONE, one)
+    pair.do(rank_cases.trajectory_gradients, two)
+    (batch,) = pack(random_rows(12, seed=3), limit_tokens=10_000, device=CPU)
+    for name, objective in rank_cases.OF_TRAJECTORIES.items():
+        expected = load_file(one / f"{name}.safetensors")
+        assert relative_difference(load_file(two / f"{name}.safetensors"), expected) < 1e-5
+        done = accumulate(Policy.of(rank_cases.model_of("qwen3"), Learner()), [batch], objective)
+        assert 0 < int(done.masked[0].sum()) < len(done.masked[0]), f"{name} drops some tokens and keeps others"
+
+
+def test_the_ess_guard_slows_down_two_ranks_as_it_does_one(pair: Pair, tmp_path: Path) -> None:
+    first, second = pair.do(rank_cases.guarded_rates, tmp_path)
+    alone = rank_cases.guarded_rates(ALONE, tmp_path)["rates"]
+    assert first == second and first["rates"] == pytest.approx(alone, rel=1e-5)
+    assert all(0 < rate < 0.95 * rank_cases.ADAM.lr for rate in alone)
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_both(pair: Pair, tmp_path: Path) -> None:
