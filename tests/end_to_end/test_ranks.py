@@ -103,6 +103,32 @@ def test_ranks_that_a_launcher_started_are_started_again_by_it_and_finish_the_ru
     assert_trained(run.path)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("restarts", "code"), [(3, 0), (0, 1)])
+def test_a_run_that_pauses_is_not_started_again_by_the_launcher(tmp_path: Path, restarts: int, code: int) -> None:
+    """A launcher starts again, while it may, what did not end with 0; then it ends with 1 itself."""
+    run = RunFolder(tmp_path / "run")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        options = LAUNCHERS["accelerate"].format(*free.getsockname()).replace("restarts 3", f"restarts {restarts}")
+    collapse = 'learner.collapse={action = "pause", signs = 1, patience_steps = 1, mismatch_kl = 1e-9}'
+    learner = ["learner", str(QUICKSTART), *SHORT, "run.steps=1000", collapse, "--run", str(run.path)]
+    with begun("-m", *options.split(), *learner) as ranks:
+        wait_until(lambda: run.hub.is_file(), ranks, limit_s=120, what="hub")
+        address = run.hub_address()
+        assert address is not None
+        place = ["--hub", address.endpoint, "--state", str(tmp_path), "--actor-id", "actor-0"]
+        with begun("-m", "actors", str(run.config), *place) as actor:
+            output, _ = ranks.process.communicate(timeout=400)
+            actor.process.kill()
+    assert ranks.process.returncode == code, output
+    assert "error: training is paused and saved at step" in output
+    for rank in ("trainer", "trainer-1"):
+        assert run.log(rank).read_text(encoding="utf-8").count('"trainer ready"') == 1, "it was not started again"
+    assert list(run.checkpoints.glob("step-*")) and not run.summary.exists()
+
+
 def test_the_shipped_settings_are_ones_accelerate_reads() -> None:
     one, two = (ClusterConfig.from_yaml_file(ROOT / "configs/accelerate" / f"{name}.yaml") for name in SHIPPED)
     assert (one.num_machines, one.num_processes) == (1, 8)

@@ -11,9 +11,10 @@ import pytest
 
 from learner.__main__ import prepare, supervisor
 from learner.launch import Launch, ranks_of
-from matpo.errors import UserError
+from matpo.errors import PAUSED, USER_ERROR, Paused, UserError
 from matpo.folder import RunFolder
 from matpo.keeper import Kept, always
+from matpo.launched import code_for_launcher
 from matpo.owner import UNOWNED
 from tests.learner.test_supervisor import FOREVER, PRELUDE
 
@@ -52,6 +53,24 @@ async def test_what_a_user_can_fix_is_said_even_if_another_rank_failed_of_it_fir
     lost = "(here / 'lost').touch()\nuntil('never')"
     with pytest.raises(UserError, match="model is none; give another"):
         await finish(launch(tmp_path, fix, lost))
+
+
+async def test_a_pause_of_all_ranks_is_one(tmp_path: Path) -> None:
+    paused = "print('error: training is paused', file=sys.stderr)\nsys.exit(3)"
+    with pytest.raises(Paused, match=r"^training is paused$"):
+        await finish(launch(tmp_path, paused, paused))
+
+
+def test_a_launcher_that_would_start_a_paused_run_again_is_told_that_all_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert code_for_launcher(PAUSED) == PAUSED, "no launcher"
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    for restarts, code in (("0", 0), ("2", 0), ("3", PAUSED)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        assert code_for_launcher(PAUSED) == code
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert [code_for_launcher(code) for code in (0, 1, USER_ERROR, 130)] == [0, 1, USER_ERROR, 130]
 
 
 async def test_a_signal_is_handed_on_and_every_rank_may_finish(tmp_path: Path) -> None:

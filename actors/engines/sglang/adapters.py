@@ -71,9 +71,10 @@ class AdapterHandover:
         return set(parcel.adapters.values()) <= set(await client.models(deadline_s=deadline_s))
 
     async def retire(self, parcel: Parcel, client: SglangClient, *, deadline_s: float) -> None:
-        """Unload it."""
+        """Unload its adapters, each whether or not the server still has the others."""
         for served_as in parcel.adapters.values():
-            await _unload(served_as, client, deadline_s=deadline_s)
+            with suppress(ServerRefused):
+                await _unload(served_as, client, deadline_s=deadline_s)
 
     def keep_only(self, *parcels: Parcel) -> None:
         """Remove all other folders."""

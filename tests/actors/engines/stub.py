@@ -44,6 +44,8 @@ class Stub:
     hang: bool = False
     """Replies never come."""
     refuses_weights: bool = False
+    refuses: Sequence[str] = ()
+    """Paths that are answered with no."""
     hang_updates: bool = False
     """Updates never end."""
     silent: Collection[str] = ()
@@ -94,6 +96,8 @@ class Stub:
     async def _other(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.requests.append((request.path, body))
+        if request.path in self.refuses:
+            return web.json_response({"success": False, "message": "no"}, status=400)
         if request.path == "/update_weights_from_disk":
             if self.hang_updates:
                 await anyio.sleep_forever()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import numpy as np
 import pytest
 
@@ -75,6 +76,26 @@ async def test_an_adapter_without_requests_is_dropped_as_soon_as_the_next_is_the
             await engine.load(adapter(), version=1)
     calls = [path for path, _ in stub.requests if "lora" in path]
     assert calls == ["/load_lora_adapter", "/load_lora_adapter", "/unload_lora_adapter"]
+
+
+async def test_every_role_names_its_own_adapter_and_all_of_a_version_are_dropped_together(folder: Path) -> None:
+    stub = Stub(refuses=["/unload_lora_adapter"])  # as if the server had lost them: each is asked for all the same
+    lora = LORA.model_copy(update={"roles": {"planner": "shared", "worker": "own", "critic": "frozen"}})
+    weights = {**adapter(), **{f"worker/{name}": tensor for name, tensor in adapter().items()}}
+    with anyio.fail_after(30):
+        async with stub.serve(), SglangEngine.open(folder, settings_for(stub), lora=lora, seed=0) as engine:
+            await engine.load(weights, version=0)
+            for role in lora.roles:
+                await engine.generate(PROMPT, Sampling(max_tokens=1), deadline_s=20, adapter=lora.adapter_of(role))
+            await engine.load(weights, version=1)
+            while len(stub.asked("/unload_lora_adapter")) < 2:
+                await anyio.lowlevel.checkpoint()
+    names = [str(body["lora_name"]) for body in stub.asked("/load_lora_adapter")]
+    assert len(set(names)) == 4 and [name.endswith("-worker") for name in names] == [False, True] * 2
+    asked = stub.asked("/generate")
+    assert [body.get("lora_path") for body in asked] == [names[0], names[1], None]
+    assert len({str(body["extra_key"]) for body in asked}) == 3
+    assert [body["lora_name"] for body in stub.asked("/unload_lora_adapter")] == names[:2]
 
 
 async def test_the_server_gets_zeros_for_the_other_parts_of_projections_it_holds_as_one(folder: Path) -> None:

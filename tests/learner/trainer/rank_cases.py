@@ -184,14 +184,14 @@ def say(ranks: Ranks, _: Path) -> Found:
 
 def run_trainer(ranks: Ranks, folder: Path) -> Found:
     """As the trainer's `run` does: from the start again after a rollback, until the last step or a pause."""
-    run, stopping, begun = RunFolder.existing(folder), threading.Event(), 1
+    run, stopping, starts = RunFolder.existing(folder), threading.Event(), 1
     with closing(MetricsFile(run.metrics)) as metrics:
         try:
             while train(run, load_config(run.config), metrics, stopping, ranks):
-                begun += 1
+                starts += 1
         except Paused as error:
-            return {"begun": begun, "paused": str(error)}
-    return {"begun": begun}
+            return {"starts": starts, "paused": str(error)}
+    return {"starts": starts}
 
 
 def die_on_the_second_rank(ranks: Ranks, _: Path) -> Found:

@@ -10,6 +10,7 @@ import pytest
 
 from learner.trainer import replay
 from learner.trainer.checkpoint import Checkpoints
+from learner.trainer.ranks import ALONE
 from matpo.collapse import read_rollbacks
 from matpo.config import Config
 from matpo.errors import Paused
@@ -17,7 +18,9 @@ from matpo.folder import RunFolder
 from matpo.load import load_config
 from matpo.metrics import read_metrics
 from protocols.records import version_of
-from tests.learner.trainer.runs import StopAfter, ledger, make_run, run_trainer
+from tests.learner.trainer import rank_cases
+from tests.learner.trainer.pair import Pair
+from tests.learner.trainer.runs import JournalHub, StopAfter, ledger, make_run, run_trainer
 
 
 def alarmed(folder: RunFolder, action: Literal["off", "warn", "pause", "rollback"]) -> Config:
@@ -93,17 +96,22 @@ def test_rollback_is_refused_with_a_single_checkpoint() -> None:
         )
 
 
-@pytest.mark.parametrize("action", ["pause", "rollback"])
-def test_two_ranks_pause_and_go_back_together_as_one_does(tmp_path: Path, action: Literal["pause", "rollback"]) -> None:
-    """They begin at step 3 with a checkpoint of step 2."""
-    runs = [make_made(tmp_path / name) for name in ("one", "two")]
-    for folder in runs:
-        run_trainer(folder, load_config(folder.config), stopping=StopAfter(3))
+@pytest.mark.parametrize(("action", "starts", "kept"), [("pause", 1, 2), ("rollback", 4, 1)])
+def test_two_ranks_pause_and_go_back_together_as_one_does(
+    pair: Pair, tmp_path: Path, action: Literal["pause", "rollback"], starts: int, kept: int
+) -> None:
+    """Step 1 is saved; from then on every step raises the alarm, and a rollback does not help."""
+    for ranks in (1, 2):
+        (tmp_path / str(ranks)).mkdir()
+        folder, config = make_run(tmp_path / str(ranks), learner={"checkpoint_every_steps": 9})
+        run_trainer(folder, config, stopping=StopAfter(3))
+        assert newest(folder) == 1
         alarmed(folder, action)
-    with JournalHub(runs[0]):
-        alone = rank_cases.run_trainer(ALONE, runs[0].path)
-    with JournalHub(runs[1]), Pair(rank_timeout_s=60) as pair:
-        first, second = pair.do(rank_cases.run_trainer, runs[1].path)
-    told = str(alone["paused"]).replace(str(runs[0].path), str(runs[1].path))
-    assert first == second
-    assert first["begun"] == alone["begun"] == {"pause": 1, "rollback": 4}[action]
+        case = rank_cases.run_trainer
+        with JournalHub(folder):
+            ended = pair.do(case, folder.path) if ranks == 2 else [case(ALONE, folder.path)]
+        for one in ended:
+            assert one["starts"] == starts
+            assert "paused" in one["paused"] and "at step 2" in one["paused"] and str(folder.path) in one["paused"]
+        assert newest(folder) == kept
+        assert [(one.step, one.to_step) for one in read_rollbacks(folder.rollbacks)] == [(2, 1)] * (starts - 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,12 +28,6 @@ from tests.learner.trainer.pair import Pair
 from tests.learner.trainer.rank_cases import Found
 from tests.learner.trainer.runs import JournalHub, ledger, make_run, run_trainer
 from tests.learner.trainer.test_exactness import CPU, random_rows, relative_difference
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    with Pair(rank_timeout_s=60) as made:
-        yield made
 
 
 def gradients_of_one(family: Family, *, tied: bool = True) -> tuple[float, dict[str, Tensor]]:
