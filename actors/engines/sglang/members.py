@@ -111,6 +111,7 @@ class Members:
             finally:
                 with anyio.CancelScope(shield=True):
                     await server.line.close()
+                    await server.leave()
 
     async def _route(self, url: str, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
         """A router and its workers, which come and go."""

@@ -31,6 +31,8 @@ SWAP_DEADLINE_S: Final = 300.0
 """For weights to be loaded; a large model from a disk takes minutes."""
 PAUSE_DEADLINE_S: Final = 30.0
 """For a server to stop or go on sampling, and to answer what it holds."""
+LEAVE_S: Final = 5.0
+"""For a server that goes on without us to drop what it was given."""
 
 
 class Server:
@@ -74,6 +76,9 @@ class Server:
         self._errands = errands
         self._users: Counter[Parcel] = Counter()
         """Requests under way that are to be sampled with a parcel's weights."""
+        self._lent: set[Parcel] = set()
+        """What it was given beside its own weights and has not dropped."""
+        self._ours = launch is not None
         self._swap = anyio.Lock()
 
     @property
@@ -128,6 +133,7 @@ class Server:
         """See that the server is one we can use and holds the newest weights, whatever became of it meanwhile."""
         if fresh:
             self.holds = None
+            self._lent.clear()
             await look(self.client, self._settings)
         elif (known := self.holds) and not await self._handover.held(known, self.client, deadline_s=PAUSE_DEADLINE_S):
             self.holds = None
@@ -140,6 +146,7 @@ class Server:
     async def _add(self, parcel: Parcel) -> float:
         """Beside what it holds: requests under way finish with what they began with, and nothing pauses."""
         before, trouble = self.holds, f"version {parcel.version} took it too long"
+        self._lent.add(parcel)
         try:
             await self._handover.deliver(parcel, self.client, flush=False, deadline_s=SWAP_DEADLINE_S)
             self.holds = parcel
@@ -165,6 +172,15 @@ class Server:
         # Where it fails the server has lost it anyway, or keeps what nobody asks for.
         with suppress(ServerGone, ServerRefused):
             await self._handover.retire(parcel, self.client, deadline_s=PAUSE_DEADLINE_S)
+        self._lent.discard(parcel)
+
+    async def leave(self) -> None:
+        """After its last request: a server that goes on without us drops what it was given."""
+        if self._ours:
+            return
+        with anyio.move_on_after(LEAVE_S):
+            for parcel in tuple(self._lent):
+                await self._retire(parcel)
 
     async def _replace(self, parcel: Parcel) -> float:
         client, flush = self.client, self._settings.swap != "in_place"
