@@ -24,6 +24,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from benchmarks.runs import ROOT, Book, RunLine, metrics, print_result, run_matpo, spread
+from matpo.cli.display import spark
 from matpo.cli.lines import EvaluationLine, TrainerLine
 from protocols.records import Record
 
@@ -131,8 +132,8 @@ def page(lines: Sequence[Line]) -> str:
         "training tokens, those of filtered groups included; between two rounds of questions, on the straight line.",
         "*Cut off*: share of the last step's trajectories that the limit ended, by role.",
         "",
-        f"| arm | seeds | {heads} | 1, 2, 3 hops at the end | cut off |",
-        f"|---|---|{'---|' * len(points)}---|---|",
+        f"| arm | seeds | {heads} | curve | 1, 2, 3 hops at the end | cut off |",
+        f"|---|---|{'---|' * len(points)}---|---|---|",
     ]
     for arm in ARMS:
         runs = [line for line in lines if line.arm == arm.name]
@@ -143,7 +144,11 @@ def page(lines: Sequence[Line]) -> str:
                 f"{role} {100 * statistics.fmean(run.truncated[role] for run in runs):.0f} %"
                 for role in runs[0].truncated
             ]
-            rows.append(f"| {' | '.join([arm.name, str(len(runs)), *reads, ', '.join(hops), ', '.join(cut)])} |")
+            fine = [
+                statistics.fmean(read_at(run, tokens) for run in runs) / 100 for tokens in np.linspace(0, budget, 21)
+            ]
+            cells = [arm.name, str(len(runs)), *reads, spark([0.0, 1.0, *fine])[2:], ", ".join(hops), ", ".join(cut)]
+            rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 
