@@ -99,7 +99,8 @@ def _remove_if_deserted(folder: Path) -> None:
     except OSError:  # gone already, or somebody else's
         return
     try:
-        if os.fstat(descriptor).st_uid == os.getuid() and lock(descriptor, fcntl.LOCK_EX) and is_at(descriptor, folder):
+        ours = os.fstat(descriptor).st_uid == os.getuid()
+        if ours and lock(descriptor, fcntl.LOCK_EX) and is_at(descriptor, folder):
             shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(descriptor)

@@ -147,9 +147,16 @@ class DiskHandover:
 
 @contextmanager
 def scratch_folder(settings: Settings) -> Iterator[Path]:
-    """In `settings.scratch`, or in memory where the system offers a folder there. Removed at the end."""
+    """In `settings.scratch`, or in memory where the system offers a folder there. Removed at the end; what killed actors
+    left in memory is removed too."""
+    if settings.scratch is not None:  # perhaps on a network's disk, where folders cannot be locked
+        with tempfile.TemporaryDirectory(
+            prefix="matpo-weights-", dir=settings.scratch, ignore_cleanup_errors=True
+        ) as name:
+            yield Path(name)
+        return
     usable = MEMORY.is_dir() and os.access(MEMORY, os.W_OK)
-    parent = settings.scratch or (MEMORY if usable else Path(tempfile.gettempdir()))
+    parent = MEMORY if usable else Path(tempfile.gettempdir())
     with held(room(parent, "matpo-weights", uuid.uuid4().hex), setting="actor.engine.scratch") as folder:
         yield folder
 
