@@ -147,8 +147,8 @@ class DiskHandover:
 
 @contextmanager
 def scratch_folder(settings: Settings) -> Iterator[Path]:
-    """In `settings.scratch`, or in memory where the system offers a folder there. Removed at the end; what killed actors
-    left in memory is removed too."""
+    """In `settings.scratch`, or in memory where the system offers a folder there, and there what killed actors left is
+    removed first. Removed at the end."""
     if settings.scratch is not None:  # perhaps on a network's disk, where folders cannot be locked
         with tempfile.TemporaryDirectory(
             prefix="matpo-weights-", dir=settings.scratch, ignore_cleanup_errors=True
