@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from actors.calls import AGENT_SERVER, BadCall, Block, Call, Offer, fault
 from actors.conversation import Conversation
 from actors.engines.engine import EngineFailure, Generation
+from actors.heard import Place
 from actors.render import Message
 from actors.scene import Run, Scene, fill
 from actors.together import together
+from actors.tools.plane import ToolResult
 from matpo.config import Sampling
 from protocols.records import INFRASTRUCTURE, Outcome, Status, StopReason, ToolSpan, TurnKind
 
@@ -128,7 +130,8 @@ class Agent:
             return "", None
         if room < sampling.max_tokens:
             sampling = sampling.model_copy(update={"max_tokens": room})
-        generation = await self._generate(sampling)
+        place = (self.run.node, len(talk.turns))
+        generation = await self._scene.heard.completions.ask(place, partial(self._generate, sampling))
         if not len(generation.tokens):
             return "", None
         stop: StopReason = generation.stop
@@ -164,7 +167,7 @@ class Agent:
             report = await self._hand_over(offer.name, str(block.arguments["subtask"]).strip(), turn)
             result = _Result("worker_report", report.text, report.outcome, AGENT_SERVER, offer.name)
         else:
-            result = await self._use(offer, block)
+            result = await self._use(offer, block, (self.run.node, turn, number))
         scene.spans.append(
             ToolSpan(
                 trajectory=self.index,
@@ -191,14 +194,18 @@ class Agent:
             return f"no more than {MAX_DEPTH} agents may stand above one another; do it yourself"
         return fault(block, self._part.offers)
 
-    async def _use(self, offer: Offer, call: Call) -> _Result:
+    async def _use(self, offer: Offer, call: Call, place: Place) -> _Result:
         """Call an MCP tool. An outage is told to the model, and masks the episode."""
+        answer = await self._scene.heard.results.ask(place, partial(self._call, offer, call))
+        self._outage = self._outage or answer.outcome == "infrastructure"
+        self.run.results.append(answer.text)
+        return _Result("tool_result", answer.text, answer.outcome, answer.server, answer.tool)
+
+    async def _call(self, offer: Offer, call: Call) -> ToolResult:
+        """As much of a tool's result as this role reads."""
         fixed = self._scene.task.tool_arguments.get(offer.tool, {})
         answer = await self._scene.tools.call(offer.name, call.arguments, fixed=fixed)
-        self._outage = self._outage or answer.outcome == "infrastructure"
-        text = _cut(answer.text, self._role.tool_result_limit_characters)
-        self.run.results.append(text)
-        return _Result("tool_result", text, answer.outcome, answer.server, answer.tool)
+        return replace(answer, text=_cut(answer.text, self._role.tool_result_limit_characters))
 
     async def _hand_over(self, role: str, subtask: str, turn: int) -> Report:
         """Let another agent work on a subtask."""

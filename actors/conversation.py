@@ -72,6 +72,21 @@ class Conversation:
         talk.append("prompt", self.tokens)
         return talk
 
+    def part(self, start: int, stop: int | None = None) -> Conversation:
+        """Another conversation, of the turns from `start` to before `stop` alone, whose prompt is all before them."""
+        sampled = sum(turn.kind == "sampled" for turn in self.turns[:start])
+        talk = Conversation(self.role)
+        talk.append("prompt", self._tokens[: self.turns[start].start])
+        for turn in self.turns[start:stop]:
+            tokens = self._tokens[turn.start : turn.stop]
+            if turn.stop_reason is None:
+                talk.append(turn.kind, tokens, call_id=turn.call_id)
+            else:
+                generation = Generation(tokens, self._logprobs[sampled], self._versions[sampled], turn.stop_reason)
+                talk.append_sampled(generation, turn.stop_reason)
+                sampled += 1
+        return talk
+
     def trajectory(self, *, parent: tuple[int, int] | None, status: Status) -> Trajectory:
         """The finished record."""
         sampled = np.zeros(self._length, dtype=np.bool_)

@@ -1,4 +1,4 @@
-"""Plays one episode from a task to its tree: the workflow under a time limit, then the reward."""
+"""Plays one episode from a task to its tree: the workflow under a time limit, the reward, and what replays add."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import closing
 import anyio
 import numpy as np
 
+from actors.replay import Branches, replay
 from actors.scene import Run, Scene, Stage
 from actors.workflows.played import played
 from matpo.rewards.performance import Performance, Play
@@ -22,19 +23,22 @@ async def play_episode(
 
     Infrastructure trouble (a tool outage, an engine that died, the time limit) is in the statuses and leaves every
     reward None; it raises nothing. Cancelling the call from outside cancels the episode and nothing is returned.
+    With `episode.replay`, a scored episode for training is then replayed, each replay under a time limit of its own.
     """
     settings = stage.config.episode
-    answer: float | None = None
-    with closing(Scene(stage, task, purpose, group_id=group_id)) as scene, anyio.move_on_after(settings.timeout_s):
-        answer = await played(scene)
-    trajectories = tuple(run.talk.trajectory(parent=run.parent, status=run.status) for run in scene.runs)
-    used = sorted({version for trajectory in trajectories for version in np.unique(trajectory.versions).tolist()})
-    play = Play(task, tuple(_performance(run, index, scene.spans) for index, run in enumerate(scene.runs)))
-    rewards = await stage.score(play, answer)
+    scene = Scene(stage, task, purpose, group_id=group_id)
+    rewards = await _perform(scene)
     if stage.config.rewards.workers != "none":
+        play = _play(scene)
         for index, run in enumerate(scene.runs):
             if run.subtask is not None:
                 scene.earn(index, await stage.score.earned(play, index))
+    branches = Branches(scene)
+    if settings.replay is not None and purpose == "train" and rewards["total"] is not None:
+        branches = await replay(scene, settings.replay, _total)
+    trajectories = tuple(run.talk.trajectory(parent=run.parent, status=run.status) for run in scene.runs)
+    trajectories += tuple(branches.trajectories)
+    used = sorted({version for trajectory in trajectories for version in np.unique(trajectory.versions).tolist()})
     return EpisodeTree(
         tree_id=uuid.uuid4().hex,
         group_id=group_id,
@@ -45,12 +49,30 @@ async def play_episode(
         trajectories=trajectories,
         rewards=rewards,
         weights=stage.stamps(used),
-        tool_spans=tuple(scene.spans),
+        tool_spans=(*scene.spans, *branches.spans),
         started_at=scene.started_at,
         seconds=scene.elapsed_s,
-        earned=scene.earned,
+        earned=scene.earned and (*scene.earned, *[None] * len(branches.trajectories)),
         joints=tuple(scene.joints),
+        replays=tuple(branches.replays),
     )
+
+
+async def _perform(scene: Scene) -> dict[str, float | None]:
+    """Play a scene to its end or the time limit, and score it."""
+    answer: float | None = None
+    with closing(scene), anyio.move_on_after(scene.stage.config.episode.timeout_s):
+        answer = await played(scene)
+    return await scene.stage.score(_play(scene), answer)
+
+
+async def _total(scene: Scene) -> float | None:
+    return (await _perform(scene))["total"]
+
+
+def _play(scene: Scene) -> Play:
+    agents = (_performance(run, index, scene.spans) for index, run in enumerate(scene.runs))
+    return Play(scene.task, tuple(agents))
 
 
 def _performance(run: Run, index: int, spans: list[ToolSpan]) -> Performance:

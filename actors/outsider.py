@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from actors.agent import Report
 from actors.conversation import Conversation
 from actors.render import Message
@@ -40,8 +42,9 @@ class Outsider:
     async def play(self) -> Report:
         """Ask for one message. Raises nothing of the model's making."""
         run, stage = self.run, self._scene.stage
+        question = partial(stage.elsewhere.roles[run.role].complete, self._messages, self._part.sampling)
         try:
-            text = await stage.elsewhere.roles[run.role].complete(self._messages, self._part.sampling)
+            text = await self._scene.heard.words.ask((run.node, len(run.talk.turns)), question)
         except ChatFailed:
             run.status = "engine_failure"
             return Report(f"Error: {run.role} could not be asked; try again or go on without it", "infrastructure")

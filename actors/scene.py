@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, Self
 
 from pydantic import JsonValue
@@ -14,6 +16,7 @@ from actors.calls import AGENT_SERVER, FORMATS, CallFormat, Offer, function_sche
 from actors.conversation import Conversation
 from actors.elsewhere import NOBODY, Elsewhere
 from actors.engines.engine import Engine
+from actors.heard import START, Heard, Node
 from actors.render import Opening, Renderer
 from actors.tools.plane import ToolResult, ToolSpec
 from matpo.config import Config, Role, Sampling
@@ -182,6 +185,8 @@ class Run:
     """Its last message without thinking and tool blocks; None if it never gave one."""
     results: list[str] = field(default_factory=list)
     """Texts of its tool results, in the order they arrived."""
+    node: Node = START
+    """Its place in the tree, told when it joins."""
 
 
 class Scene:
@@ -190,16 +195,21 @@ class Scene:
     Close it when the episode is over.
     """
 
-    def __init__(self, stage: Stage, task: Task, purpose: Purpose, *, group_id: str) -> None:
+    def __init__(
+        self, stage: Stage, task: Task, purpose: Purpose, *, group_id: str, heard: Heard | None = None
+    ) -> None:
+        """`heard`: what a replay is to hear again."""
         self.stage = stage
         self.tools = stage.tools.episode()
         self.task = task
         self.purpose: Purpose = purpose
         self.group_id = group_id
+        self.heard = heard or Heard()
         self.runs: list[Run] = []
         self.spans: list[ToolSpan] = []
         self.joints: list[Joint] = []
         self._earned: dict[int, float | None] = {}
+        self._hanging = Counter[tuple[Node, int]]()
         self.started_at = time.time()
         self._began = time.monotonic()
         self._hidden = frozenset(name for fixed in task.tool_arguments.values() for name in fixed)
@@ -219,6 +229,9 @@ class Scene:
 
     def join(self, run: Run) -> int:
         """Add an agent's run; returns the index of its trajectory. Callers join before those they call."""
+        above, turn = (START, -1) if run.parent is None else (self.runs[run.parent[0]].node, run.parent[1])
+        run.node = (*above, (turn, self._hanging[above, turn]))
+        self._hanging[above, turn] += 1
         self.runs.append(run)
         return len(self.runs) - 1
 
@@ -244,7 +257,9 @@ class Scene:
         """What the final messages of these agents are worth together; unknown if one broke off or called in vain."""
         if any(run.status in INFRASTRUCTURE for run in runs):
             return UNKNOWN
-        return await self.stage.measure(self.task, tuple(run.final or "" for run in runs), self._run_code)
+        answers = tuple(run.final or "" for run in runs)
+        place = tuple((run.node, len(run.talk.turns)) for run in runs)
+        return await self.heard.verdicts.ask(place, partial(self.stage.measure, self.task, answers, self._run_code))
 
     async def _run_code(self, program: str) -> str | None:
         """The reward's sandbox: a tool call that is in no agent's conversation."""

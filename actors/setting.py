@@ -9,9 +9,12 @@ from pathlib import Path
 
 import orjson
 
+from actors.tools.expand import configured_entries
 from actors.tools.plane import Starts, ToolPlane
 from matpo.config import Config, WorldData
 from matpo.datasets.world import collection, documents
+from matpo.errors import UserError
+from matpo.replay_config import stateful
 
 
 def open_tools(
@@ -19,6 +22,8 @@ def open_tools(
 ) -> AbstractAsyncContextManager[ToolPlane]:
     """The configured servers, for all episodes of an actor; `folder` is for files of theirs, `watch` is given a look at
     their starts. Raises `UserError`."""
+    if config.episode.replay is not None and (reason := stateful(configured_entries(config.tools))) is not None:
+        raise UserError(reason)
     variables = tool_variables(config, folder=folder)
     return ToolPlane.open(config.tools, variables=variables, episodes=config.actor.concurrency, watch=watch)
 

@@ -33,6 +33,7 @@ MEANING: Final[Mapping[Evidence, str]] = {
     "joints": "joint actions",
     "alternatives": "several acts of a role from the same state",
     "returns": "a scored future of every alternative",
+    "counterfactuals": "what other choices at a decision led to",
 }
 REMEDY: Final[Mapping[Evidence, str]] = {
     "several_roles": "name more roles",
@@ -42,6 +43,7 @@ REMEDY: Final[Mapping[Evidence, str]] = {
     "rounds": "play 2 or more turns or rounds",
     "alternatives": "draw 2 or more samples",
     "returns": 'set follow = "all"',
+    "counterfactuals": "set episode.replay (or draw 2 or more samples and follow all, where a topology can)",
 }
 """How a topology that can show it comes to do so."""
 
@@ -55,19 +57,19 @@ Kind = Literal[
     "simulated_user",
 ]
 AT_MOST: Final[Mapping[Kind, frozenset[Evidence]]] = {
-    "single_agent": frozenset(),
-    "planner_worker": frozenset({"several_roles", "leader", "delegation", "earned"}),
-    "magrpo": frozenset({"several_roles", "joints", "rounds", "alternatives", "returns"}),
-    "debate": frozenset({"several_roles", "joints", "rounds", "earned"}),
-    "generate_verify_refine": frozenset({"several_roles", "alternatives", "leaf_scores", "returns"}),
-    "leader_peers": frozenset({"several_roles", "leader", "rounds", "earned"}),
-    "simulated_user": frozenset({"several_roles", "leader"}),
+    "single_agent": frozenset({"counterfactuals"}),
+    "planner_worker": frozenset({"several_roles", "leader", "delegation", "earned", "counterfactuals"}),
+    "magrpo": frozenset({"several_roles", "joints", "rounds", "alternatives", "returns", "counterfactuals"}),
+    "debate": frozenset({"several_roles", "joints", "rounds", "earned", "counterfactuals"}),
+    "generate_verify_refine": frozenset({"several_roles", "alternatives", "leaf_scores", "returns", "counterfactuals"}),
+    "leader_peers": frozenset({"several_roles", "leader", "rounds", "earned", "counterfactuals"}),
+    "simulated_user": frozenset({"several_roles", "leader", "counterfactuals"}),
 }
 """What each topology's trees show with the settings that show most."""
 
 
 def shown(
-    workflow: Workflow, root: str, delegates: Mapping[str, Sequence[str]], *, workers_earn: bool
+    workflow: Workflow, root: str, delegates: Mapping[str, Sequence[str]], *, workers_earn: bool, replayed: bool
 ) -> frozenset[Evidence]:
     """What the trees of a topology show with these settings. `delegates` of each role are whom it may call."""
     lacking: set[Evidence] = set()
@@ -96,7 +98,8 @@ def shown(
                 lacking.add("alternatives")
         case SingleAgent() | SimulatedUser():
             pass
-    return AT_MOST[workflow.kind] - lacking
+    seen = AT_MOST[workflow.kind] - lacking
+    return seen if replayed or seen >= {"alternatives", "returns"} else seen - {"counterfactuals"}
 
 
 def refusal(kind: Kind, shows: frozenset[Evidence], credit: Scheme, objective: Terms) -> str | None:

@@ -34,6 +34,7 @@ from matpo.objective_config import Objective as Objective
 from matpo.objective_config import Reinforce as Reinforce
 from matpo.objective_config import Tis as Tis
 from matpo.objective_config import Topr as Topr
+from matpo.replay_config import Replay, idle, stateful
 from matpo.rewards_config import Rewards as Rewards
 from matpo.section import Device, Name, Section
 from matpo.tools_config import McpServer as McpServer
@@ -172,7 +173,9 @@ class Episode(Section):
     results_as: Literal["tool", "user"] = "tool"
     """Who tool results speak as: `tool` where the chat template has that role (else `user`), or always `user`."""
     timeout_s: float = Field(default=600.0, gt=0)
-    """An episode that lasts longer is cancelled and masked."""
+    """An episode that lasts longer is cancelled and masked; so is each of its replays."""
+    replay: Replay | None = None
+    """Play other choices at decisions of every training episode to its end, for `counterfactual` credit."""
 
     @field_validator("workflow", mode="before")
     @classmethod
@@ -349,11 +352,14 @@ class Config(Section):
     def _goes_together(self) -> Config:
         episode, learner = self.episode, self.learner
         delegates = {name: role.delegates for name, role in episode.roles.items()}
-        shows = shown(episode.workflow, episode.root, delegates, workers_earn=self.rewards.workers != "none")
+        earn, replay = self.rewards.workers != "none", episode.replay is not None
+        shows = shown(episode.workflow, episode.root, delegates, workers_earn=earn, replayed=replay)
         reason = refusal(episode.workflow.kind, shows, learner.credit, learner.objective)
         if self.rewards.local is not None and not isinstance(learner.credit, AgentTurn):
             reason = reason or f"rewards.local has no effect with learner.credit {learner.credit.name!r}; remove it"
         reason = reason or misfit(episode.workflow.kind, learner.credit, tuple(delegates), learner.zero_variance)
+        if replay:
+            reason = reason or idle(episode.workflow, learner.credit) or stateful(self.tools.mcpServers)
         if reason is not None:
             raise ValueError(reason)
         return self

@@ -100,7 +100,7 @@ def _scored(groups: Sequence[EpisodeGroup], role: str) -> Iterator[tuple[list[Re
 def _reported(tree: EpisodeTree, role: str) -> Report:
     """The last sampled turn of each of the role's trajectories, in order; empty if it was not called."""
     reports = []
-    for trajectory in tree.trajectories:
+    for trajectory in tree.played:
         if trajectory.role == role:
             spans = [turn for turn in trajectory.turns if turn.kind == "sampled"]
             reports.append(trajectory.tokens[spans[-1].start : spans[-1].stop].tobytes() if spans else b"")

@@ -7,6 +7,14 @@ from collections.abc import Collection, Mapping
 from matpo.lora_config import Lora
 
 
+def trained(
+    lora: Lora | None, factors: Mapping[str, float], *, roles: Collection[str], elsewhere: Collection[str]
+) -> frozenset[str]:
+    """The roles whose tokens are trained; the arguments are those of `contradiction`."""
+    frozen = frozenset() if lora is None else lora.frozen
+    return frozenset(role for role in roles if role not in {*frozen, *elsewhere} and factors.get(role, 1.0))
+
+
 def contradiction(
     lora: Lora | None,
     factors: Mapping[str, float],
@@ -27,10 +35,10 @@ def contradiction(
     frozen = frozenset() if lora is None else lora.frozen
     if both := sorted(frozen & set(factors)):
         return f"learner.role_factors of {both} have no effect: model.lora.roles freezes them"
-    trained = [role for role in roles if role not in {*frozen, *elsewhere} and factors.get(role, 1.0)]
-    if not trained:
+    learning = trained(lora, factors, roles=roles, elsewhere=elsewhere)
+    if not learning:
         return "no role is trained; see learner.role_factors, model.lora.roles and the roles' endpoints"
-    if certain := sorted(set(trained) & set(greedy)):
+    if certain := sorted(learning & set(greedy)):
         return (
             f"the roles {certain} are sampled at temperature 0, where there is no choice to learn from; raise"
             " sampling.temperature or freeze them with learner.role_factors = 0"

@@ -19,6 +19,7 @@ from protocols.records import (
     Floats,
     Joint,
     Record,
+    Replay,
     Status,
     Task,
     Tokens,
@@ -78,6 +79,7 @@ class _Names(Record):
     tool_spans: tuple[ToolSpan, ...] = Field(max_length=MAX_TURNS)
     earned: tuple[FiniteFloat | None, ...] = Field(default=(), max_length=MAX_TRAJECTORIES)
     joints: tuple[Joint, ...] = Field(default=(), max_length=MAX_TURNS)
+    replays: tuple[Replay, ...] = Field(default=(), max_length=MAX_TRAJECTORIES)
 
 
 MAX_TEXT_BYTES: Final = 64 * 2**20
@@ -114,6 +116,7 @@ def encode_tree(tree: EpisodeTree) -> list[bytes]:
         tool_spans=tree.tool_spans,
         earned=tree.earned,
         joints=tree.joints,
+        replays=tree.replays,
     )
     return [
         header.model_dump_json().encode(),
@@ -243,6 +246,7 @@ def _build(
         seconds=header.seconds,
         earned=names.earned,
         joints=names.joints,
+        replays=names.replays,
     )
 
 

@@ -127,6 +127,20 @@ class Joint(Record):
     """Of this joint action alone, not of what followed; None means not scored."""
 
 
+class Replay(Record):
+    """What came of another choice at one decision of an episode, all that was before it or beside it held fixed."""
+
+    trajectory: Index
+    """Of the episode itself, the one that decided …"""
+    turn: Index
+    """… in this sampled turn."""
+    alternative: Index
+    """The trajectory that holds the other choice alone; those after it, up to the next alternative, are what followed.
+    In all of them what is as it was is given, not sampled."""
+    reward: FiniteFloat | None
+    """Total of the episode that it led to; None means not scored."""
+
+
 class WeightStamp(Record):
     """The identity of one set of weights."""
 
@@ -217,6 +231,8 @@ class EpisodeTree:
     """What each trajectory's own act was worth, apart from what followed; empty where nobody scores single acts."""
     joints: tuple[Joint, ...] = ()
     """Joint actions, earlier ones first; empty where agents do not act at once."""
+    replays: tuple[Replay, ...] = ()
+    """Alternatives by decision; their trajectories come after those of the episode itself."""
 
     def __post_init__(self) -> None:
         if not self.trajectories:
@@ -245,11 +261,22 @@ class EpisodeTree:
         for index, joint in enumerate(self.joints):
             if max(joint.members) >= count or (joint.after is not None and joint.after >= index):
                 raise ValueError(f"tree {self.tree_id}: joint action {index} names what is not there: {joint}")
+        own = len(self.played)
+        for replay in self.replays:
+            if not replay.trajectory < own <= replay.alternative < count or replay.turn >= len(
+                self.trajectories[replay.trajectory].turns
+            ):
+                raise ValueError(f"tree {self.tree_id}: a replay names what is not there: {replay}")
 
     @property
     def reward(self) -> float | None:
         """The scalar the policy is trained on; None when the episode could not be scored."""
         return self.rewards.get("total")
+
+    @property
+    def played(self) -> tuple[Trajectory, ...]:
+        """The trajectories of the episode itself, without those of its replays."""
+        return self.trajectories[: min((replay.alternative for replay in self.replays), default=None)]
 
     @property
     def token_count(self) -> int:

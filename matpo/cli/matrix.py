@@ -12,7 +12,7 @@ from matpo.credit.scheme import Scheme
 from matpo.objective_config import Objective, Terms
 
 OBJECTIVES: Final[tuple[type[Terms], ...]] = get_args(get_args(Objective)[0])
-LETTERS: Final = dict(zip(MEANING, "RLDESTJAF", strict=True))
+LETTERS: Final = dict(zip(MEANING, "RLDESTJAFC", strict=True))
 """What stands in the table for each thing that a topology lacks."""
 
 

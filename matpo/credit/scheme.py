@@ -13,7 +13,16 @@ TreeAdvantages = tuple[float | None, ...]
 GroupAdvantages = tuple[TreeAdvantages, ...]
 
 Evidence = Literal[
-    "several_roles", "leader", "delegation", "earned", "leaf_scores", "rounds", "joints", "alternatives", "returns"
+    "several_roles",
+    "leader",
+    "delegation",
+    "earned",
+    "leaf_scores",
+    "rounds",
+    "joints",
+    "alternatives",
+    "returns",
+    "counterfactuals",
 ]
 """What the trees of a topology show beside their total; `matpo.combinations` says in words what each of them is."""
 

@@ -109,11 +109,12 @@ def debate(table: Table) -> float:
     return sum(final) / len(final)
 
 
+ALTERNATIVES: Final = frozenset[Evidence]({"several_roles", "alternatives", "returns", "counterfactuals"})
 GAMES: Final = (
     Game("bandit", bandit, frozenset(), 4),
     Game("delegation", delegation, frozenset({"several_roles", "leader", "delegation", "earned"}), 3),
-    Game("writing", writing, frozenset({"several_roles", "alternatives", "leaf_scores", "returns"}), 2),
-    Game("joint turns", joint_turns, frozenset({"several_roles", "joints", "alternatives", "returns", "rounds"}), 2),
-    Game("joint, crossed", joint_crossed, frozenset({"several_roles", "joints", "alternatives", "returns"}), 2),
+    Game("writing", writing, ALTERNATIVES | {"leaf_scores"}, 2),
+    Game("joint turns", joint_turns, ALTERNATIVES | {"joints", "rounds"}, 2),
+    Game("joint, crossed", joint_crossed, ALTERNATIVES | {"joints"}, 2),
     Game("debate", debate, frozenset({"several_roles", "earned", "joints", "rounds"}), 2),
 )
