@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from actors.flights import Flights
-from actors.together import together
+from actors.together import news, together
 
 
 async def test_results_stand_in_the_order_of_the_acts_whoever_ends_first() -> None:
@@ -24,6 +24,22 @@ async def test_results_stand_in_the_order_of_the_acts_whoever_ends_first() -> No
     with anyio.fail_after(5):
         assert await together([partial(act, 0), partial(act, 1)]) == [0, 1]
     assert await together([]) == []
+
+
+async def test_who_waits_for_others_has_heard_their_news_and_who_acts_beside_them_has_not() -> None:
+    heard, beside = anyio.Event(), list[bool]()
+
+    async def hear() -> None:
+        news.set(True)
+        heard.set()
+
+    async def ignore() -> None:
+        await heard.wait()
+        beside.append(news.get())
+
+    with anyio.fail_after(5):
+        await together([partial(together, [hear, ignore]), ignore])
+    assert news.get() and beside == [False, False]
 
 
 async def test_those_who_ask_the_same_at_the_same_time_share_one_answer() -> None:

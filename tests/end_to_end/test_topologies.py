@@ -22,6 +22,7 @@ from learner.trainer.setup import Training
 from matpo.combinations import shown
 from matpo.config import Config
 from matpo.credit.chosen import SCHEMES
+from matpo.credit.counterfactual import Counterfactual
 from matpo.credit.scheme import NOTHING
 from matpo.datasets.load import load_tasks
 from matpo.load import load_config
@@ -73,7 +74,8 @@ def check_credit(config: Config, trees: list[EpisodeTree]) -> None:
     """Every scheme that fits the topology scores some of its acts, all with finite numbers."""
     episode, group = config.episode, EpisodeGroup("g", trees[0].task, tuple(trees))
     delegates = {name: role.delegates for name, role in episode.roles.items()}
-    shows = shown(episode.workflow, episode.root, delegates, workers_earn=config.rewards.workers != "none")
+    earn = config.rewards.workers != "none"
+    shows = shown(episode.workflow, episode.root, delegates, workers_earn=earn, replayed=False)
     for scheme in (found for found in SCHEMES if found.needs <= shows):
         scores = scheme.model_validate({"name": scheme.model_fields["name"].default}).credit(group, NOTHING)
         assert [len(row) for row in scores] == [len(tree.trajectories) for tree in trees]
@@ -82,7 +84,7 @@ def check_credit(config: Config, trees: list[EpisodeTree]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(file.stem for file in TINY.glob("*.toml")))
+@pytest.mark.parametrize("name", sorted({file.stem for file in TINY.glob("*.toml")} - {"replay"}))
 async def test_a_topology_plays_trains_and_plays_on(name: str, tmp_path: Path) -> None:
     config = load_config(TINY / f"{name}.toml")
     assert config.episode.workflow.kind == name
@@ -94,6 +96,25 @@ async def test_a_topology_plays_trains_and_plays_on(name: str, tmp_path: Path) -
     if name in SHAPES:
         for tree in trees:
             assert Counter(trajectory.role for trajectory in tree.trajectories) == SHAPES[name]
+
+
+@pytest.mark.slow
+async def test_finished_episodes_are_replayed_and_only_their_alternatives_are_trained_on(tmp_path: Path) -> None:
+    config = load_config(TINY / "replay.toml")
+    with anyio.fail_after(120):
+        trees = await play(config, Training.start(config, ALONE), tmp_path)
+    for tree in trees:
+        decisions = Counter((one.trajectory, one.turn) for one in tree.replays)
+        assert set(decisions.values()) == {3} and 1 <= len(decisions) <= 2
+        for one in tree.replays:
+            recorded, alternative = tree.trajectories[one.trajectory], tree.trajectories[one.alternative]
+            start = recorded.turns[one.turn].start
+            assert alternative.tokens[:start].tobytes() == recorded.tokens[:start].tobytes()
+            assert alternative.sampled.tolist() == [False] * start + [True] * (len(alternative.tokens) - start)
+    group = EpisodeGroup("g", trees[0].task, tuple(trees[:-1]))
+    for tree, scores in zip(group.trees, Counterfactual().credit(group, NOTHING), strict=True):
+        trained = {index for index, score in enumerate(scores) if score is not None}
+        assert trained == {one.alternative for one in tree.replays}
 
 
 @pytest.mark.slow

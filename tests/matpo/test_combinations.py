@@ -23,8 +23,10 @@ TINY = ROOT / "configs" / "tiny"
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-def shows(workflow: Workflow, *, delegates: tuple[str, ...] = (), workers_earn: bool = False) -> frozenset[str]:
-    return shown(workflow, "planner", {"planner": delegates}, workers_earn=workers_earn)
+def shows(
+    workflow: Workflow, *, delegates: tuple[str, ...] = (), workers_earn: bool = False, replayed: bool = False
+) -> frozenset[str]:
+    return shown(workflow, "planner", {"planner": delegates}, workers_earn=workers_earn, replayed=replayed)
 
 
 def test_every_topology_is_in_the_matrix_and_every_lack_has_words() -> None:
@@ -39,7 +41,8 @@ def test_every_topology_is_in_the_matrix_and_every_lack_has_words() -> None:
 def test_a_tiny_config_of_a_topology_loads_with_exactly_the_schemes_that_fit(kind: Kind) -> None:
     config = load_config(TINY / f"{kind}.toml")
     delegates = {name: role.delegates for name, role in config.episode.roles.items()}
-    seen = shown(config.episode.workflow, config.episode.root, delegates, workers_earn=config.rewards.workers != "none")
+    earn = config.rewards.workers != "none"
+    seen = shown(config.episode.workflow, config.episode.root, delegates, workers_earn=earn, replayed=False)
     for name in (scheme.model_fields["name"].default for scheme in SCHEMES):
         if name in fitting(seen):
             leader = ', role = "leader"' if (kind, name) == ("leader_peers", "orchestrator_only") else ""
@@ -54,11 +57,15 @@ def test_a_tiny_config_of_a_topology_loads_with_exactly_the_schemes_that_fit(kin
 def test_what_a_topology_shows_depends_on_its_settings() -> None:
     assert shows(PlannerWorker()) == frozenset()
     assert shows(PlannerWorker(), delegates=("planner",)) == {"leader", "delegation"}
-    full = shows(PlannerWorker(), delegates=("worker",), workers_earn=True)
+    full = shows(PlannerWorker(), delegates=("worker",), workers_earn=True, replayed=True)
     assert full == AT_MOST["planner_worker"]
-    assert shows(Magrpo(agents=("a", "b"), turns=1)) == {"several_roles", "joints", "alternatives", "returns"}
+    drawn = {"alternatives", "returns", "counterfactuals"}
+    assert shows(Magrpo(agents=("a", "b"), turns=1)) == {"several_roles", "joints", *drawn}
     assert shows(Magrpo(agents=("a", "a"), turns=2)) == {"joints", "rounds", "returns"}
-    assert shows(Magrpo(agents=("a", "b"), turns=2, samples=2, follow="best")) == AT_MOST["magrpo"] - {"returns"}
+    assert shows(Magrpo(agents=("a", "b"), turns=2, samples=2, follow="best")) == (
+        AT_MOST["magrpo"] - {"returns", "counterfactuals"}
+    )
+    assert shows(Debate(agents=("a", "b")), replayed=True) - shows(Debate(agents=("a", "b"))) == {"counterfactuals"}
     assert "rounds" not in shows(Debate(agents=("a", "b"), rounds=1))
     assert "rounds" not in shows(LeaderPeers(peers=("a",), rounds=1))
 
@@ -72,6 +79,23 @@ def test_what_a_topology_shows_depends_on_its_settings() -> None:
         ("debate", ["learner.credit=look_ahead", "learner.zero_variance=resample"], "set it to 'filter'"),
         ("leader_peers", ['learner.credit={name="orchestrator_only", role="boss"}'], "learner.credit.role is 'boss'"),
         ("leader_peers", ["learner.credit=orchestrator_only"], "learner.credit.role must name the leader"),
+        ("planner_worker", ["learner.credit=counterfactual"], "what other choices at a decision led to, not shown by"),
+        ("planner_worker", ["learner.credit=counterfactual"], "; set episode.replay"),
+        ("planner_worker", ["episode.replay={}"], "episode.replay has no effect with learner.credit 'broadcast'"),
+        (
+            "generate_verify_refine",
+            ["episode.replay={}", "learner.credit=counterfactual"],
+            "episode.workflow.samples is 2; set that to 1",
+        ),
+        (
+            "planner_worker",
+            [
+                "episode.replay={}",
+                "learner.credit=counterfactual",
+                'tools.mcpServers.search.matpo={scope="episode", bare_names=true}',
+            ],
+            "tool server 'search' keeps a state for each episode",
+        ),
         (
             "magrpo",
             ['learner.credit={name="magrpo", baseline="max"}', "learner.objective.name=topr"],

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from matpo.config import Learner
 from matpo.credit.baselines import EPSILON
 from matpo.credit.counterfactual import Counterfactual
 from matpo.credit.hierarchical import Hierarchical
@@ -14,7 +15,8 @@ from matpo.credit.multiplier import Multiplier
 from matpo.credit.node_local import NodeLocal
 from matpo.credit.scheme import NOTHING, GroupAdvantages
 from matpo.credit.tree_backup import TreeBackup
-from protocols.records import EpisodeGroup, EpisodeTree, Trajectory
+from matpo.weighting import token_weights
+from protocols.records import EpisodeGroup, EpisodeTree, Replay, Trajectory
 from tests.matpo.trees import group_of, trajectory, tree
 
 
@@ -121,6 +123,39 @@ def test_a_counterfactual_compares_an_alternative_with_the_mean_of_the_others() 
     (found,) = Counterfactual().credit(EpisodeGroup("g0", branched().task, (branched(),)), NOTHING)
     assert found[:7] == pytest.approx((0.75, -0.5, 0.5, 1.0, -1.0, 0.0, 0.0))
     assert found[7] == pytest.approx(-0.75)
+
+
+def replayed(*rewards: tuple[float | None, ...]) -> EpisodeTree:
+    """A planner of so many messages, and for each of them alternatives that led to these totals, every one followed by
+    the rest of its episode."""
+    acts, replays = [trajectory("." + "x." * len(rewards))], []
+    for decision, totals in enumerate(rewards):
+        for total in totals:
+            replays.append(Replay(trajectory=0, turn=2 * decision + 1, alternative=len(acts), reward=total))
+            acts += [trajectory("." * (2 * decision + 1) + "x", parent=(0, 2 * decision)), trajectory("..x")]
+    return tree(0.5, *acts, replays=tuple(replays))
+
+
+def test_where_episodes_were_replayed_the_alternatives_of_a_decision_are_compared_and_nothing_else() -> None:
+    # Decision 1: 1 - (0 + 0.5)/2, 0 - (1 + 0.5)/2, 0.5 - (1 + 0)/2. Decision 2: 0 - 1, 1 - 0.5, 1 - 0.5.
+    one = replayed((1.0, 0.0, 0.5), (0.0, 1.0, 1.0))
+    other = replace(replayed((1.0, 1.0, 0.0)), tree_id="t1")
+    first, second = Counterfactual().credit(group_of([one, other]), NOTHING)
+    assert first == (None, 0.75, None, -0.75, None, 0.0, None, -1.0, None, 0.5, None, 0.5, None)
+    assert second == (None, 0.5, None, 0.5, None, -1.0, None)
+
+
+def test_a_replayed_decision_with_an_unscored_alternative_is_left_out_whole_and_alone() -> None:
+    (found,) = Counterfactual().credit(group_of([replayed((1.0, None, 0.5), (0.0, 1.0, 1.0))]), NOTHING)
+    assert found == (None,) * 7 + (-1.0, None, 0.5, None, 0.5, None)
+
+
+def test_the_tokens_of_a_replayed_episode_are_trained_once_if_at_all() -> None:
+    one = replayed((1.0, 0.0, 0.5), (0.0, 1.0, 1.0))
+    credited = Counterfactual().credit(group_of([one]), NOTHING)
+    (weights,) = token_weights([one], credited, Learner(credit=Counterfactual(), weighting="token"))
+    assert weights == (0.0, *(1 / 6, 0.0) * 6)  # six alternatives with a sampled token each
+    assert one.played == one.trajectories[:1]
 
 
 def test_a_decision_with_an_unscored_alternative_is_left_out_whole() -> None:

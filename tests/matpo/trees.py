@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from protocols.records import EpisodeGroup, EpisodeTree, Joint, Status, Task, Trajectory, Turn, WeightStamp
+from protocols.records import EpisodeGroup, EpisodeTree, Joint, Replay, Status, Task, Trajectory, Turn, WeightStamp
 
 TASK = Task.make("Where was Ada born?", ("London",))
 OTHER = Task.make("Where was Alan born?", ("London",))
@@ -47,6 +47,7 @@ def tree(
     episode: int = 0,
     earned: tuple[float | None, ...] = (),
     joints: tuple[Joint, ...] = (),
+    replays: tuple[Replay, ...] = (),
 ) -> EpisodeTree:
     """A tree of these trajectories (a lone planner with one sampled token if none are given)."""
     return EpisodeTree(
@@ -64,6 +65,7 @@ def tree(
         seconds=1.0,
         earned=earned,
         joints=joints,
+        replays=replays,
     )
 
 

@@ -11,6 +11,7 @@ from protocols.records import (
     EpisodeTree,
     Joint,
     Outcome,
+    Replay,
     Status,
     StopReason,
     Task,
@@ -110,6 +111,14 @@ def trees(draw: st.DrawFn) -> EpisodeTree:
         seconds=finite,
         result_bytes=st.integers(0, 2**40),
     )
+    replays: list[Replay] = []
+    if len(members) > 1 and draw(st.booleans()):
+        own = draw(st.integers(1, len(members) - 1))
+        for alternative in range(own, len(members)):
+            decided = draw(st.integers(0, own - 1))
+            turn = draw(st.integers(0, len(members[decided].turns) - 1))
+            reward = draw(st.none() | finite)
+            replays.append(Replay(trajectory=decided, turn=turn, alternative=alternative, reward=reward))
     return EpisodeTree(
         tree_id=draw(names),
         group_id=draw(names),
@@ -127,6 +136,7 @@ def trees(draw: st.DrawFn) -> EpisodeTree:
         if draw(st.booleans())
         else (),
         joints=tuple(joints),
+        replays=tuple(replays),
     )
 
 
@@ -135,7 +145,7 @@ def assert_same_tree(one: EpisodeTree, other: EpisodeTree) -> None:
     for name in ("tree_id", "group_id", "lease_id", "episode", "actor_id", "task", "rewards", "weights"):
         assert getattr(one, name) == getattr(other, name), name
     assert (one.tool_spans, one.started_at, one.seconds) == (other.tool_spans, other.started_at, other.seconds)
-    assert (one.earned, one.joints) == (other.earned, other.joints)
+    assert (one.earned, one.joints, one.replays) == (other.earned, other.joints, other.replays)
     assert len(one.trajectories) == len(other.trajectories)
     for mine, theirs in zip(one.trajectories, other.trajectories, strict=True):
         assert (mine.role, mine.parent, mine.turns, mine.status) == (
