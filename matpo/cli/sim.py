@@ -70,7 +70,7 @@ def table(game: Game, *, policies: int, seed: int) -> Iterator[str]:
     yield ""
     yield "| credit | bias | noise |"
     yield "|---|---:|---:|"
-    for scheme in (scheme for scheme in TRIED if scheme.needs <= game.shows):
+    for scheme in filter(game.suits, TRIED):
         found = typical_moments(enumerated, scheme, tried)
         yield f"| {scheme.title} | {found.bias:.3f} | {found.noise:.2f} |"
     yield ""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Final
 
-from matpo.credit.scheme import Evidence
+from matpo.credit.scheme import Evidence, Scheme
 from matpo.sim.table import Decision, Play, Table
 
 
@@ -19,6 +19,10 @@ class Game:
     shows: frozenset[Evidence]
     group_size: int
     """Episodes that are compared."""
+
+    def suits(self, scheme: Scheme) -> bool:
+        """Whether the scheme can be tried on it: its evidence is there, and none that it does not understand."""
+        return scheme.needs <= self.shows and (self.shows != REPLAYED or "counterfactuals" in scheme.needs)
 
 
 def bandit(table: Table) -> float:
@@ -42,6 +46,37 @@ def delegation(table: Table) -> float:
             return 0.8 * first + 0.2 * second
         case _:
             return 0.3
+
+
+PLANNED: Final = ((0.1, 0.9), (0.6, 0.3))
+"""By the plan and what was made of it."""
+
+
+def _plan(table: Table) -> tuple[int, int]:
+    return table.act(Decision("planner", 0, "", 2))
+
+
+def _make(table: Table, plan: tuple[int, int]) -> tuple[int, float]:
+    """The actor's act, and what it is worth."""
+    act, made = table.act(Decision("actor", 0, f"plan {plan[1]}", 2), parent=plan[0])
+    return act, PLANNED[plan[1]][made]
+
+
+def relay(table: Table) -> float:
+    """A planner decides, then an actor who has read the plan."""
+    return _make(table, _plan(table))[1]
+
+
+def relay_replayed(table: Table) -> float:
+    """The same; then both acts are drawn anew, twice each, with all that was before them as it was."""
+    plan = _plan(table)
+    made, reward = _make(table, plan)
+    for _ in range(2):
+        other = _plan(table)
+        table.replay(plan[0], other[0], _make(table, other)[1])
+    for _ in range(2):
+        table.replay(made, *_make(table, plan))
+    return reward
 
 
 def writing(table: Table) -> float:
@@ -109,10 +144,13 @@ def debate(table: Table) -> float:
     return sum(final) / len(final)
 
 
+REPLAYED: Final = frozenset[Evidence]({"several_roles", "counterfactuals"})
 ALTERNATIVES: Final = frozenset[Evidence]({"several_roles", "alternatives", "returns", "counterfactuals"})
 GAMES: Final = (
     Game("bandit", bandit, frozenset(), 4),
     Game("delegation", delegation, frozenset({"several_roles", "leader", "delegation", "earned"}), 3),
+    Game("relay", relay, frozenset({"several_roles"}), 4),
+    Game("relay, replayed", relay_replayed, REPLAYED, 1),
     Game("writing", writing, ALTERNATIVES | {"leaf_scores"}, 2),
     Game("joint turns", joint_turns, ALTERNATIVES | {"joints", "rounds"}, 2),
     Game("joint, crossed", joint_crossed, ALTERNATIVES | {"joints"}, 2),

@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from protocols.records import EpisodeTree, Joint, Task, Trajectory, Turn, WeightStamp
+from protocols.records import EpisodeTree, Joint, Replay, Task, Trajectory, Turn, WeightStamp
 
 TASK: Final = Task.make("a game", ())
 GROUP: Final = "game"
@@ -48,6 +48,7 @@ class Table:
         self._trajectories: list[Trajectory] = []
         self._earned: dict[int, float] = {}
         self._joints: list[Joint] = []
+        self._replays: list[Replay] = []
 
     def act(self, decision: Decision, *, parent: int | None = None) -> tuple[int, int]:
         """Decide; returns the act's index and the action."""
@@ -77,6 +78,10 @@ class Table:
         self._joints.append(Joint(members=members, after=after, reward=reward))
         return len(self._joints) - 1
 
+    def replay(self, decision: int, alternative: int, reward: float) -> None:
+        """What an alternative to an act led to. The episode's own acts come before all alternatives."""
+        self._replays.append(Replay(trajectory=decision, turn=1, alternative=alternative, reward=reward))
+
     def outcome(self, total: float) -> Outcome:
         """The episode is over."""
         tree = EpisodeTree(
@@ -94,6 +99,7 @@ class Table:
             seconds=0.0,
             earned=tuple(self._earned.get(act) for act in range(len(self.choices))) if self._earned else (),
             joints=tuple(self._joints),
+            replays=tuple(self._replays),
         )
         return Outcome(tree, tuple(self.choices))
 
