@@ -22,7 +22,6 @@ from matpo.config import Endpoint, Sampling
 from matpo.credit.counterfactual import Counterfactual
 from matpo.credit.scheme import NOTHING
 from matpo.errors import UserError
-from matpo.rewards.judge import ChatFailed
 from protocols.codec import decode_tree, encode_tree
 from protocols.messages import Purpose
 from protocols.records import EpisodeGroup, EpisodeTree, Replay, Trajectory
@@ -223,8 +222,6 @@ class Peer(ChatClient):
 
     async def complete(self, messages: Sequence[Message], sampling: Sampling) -> str:
         self.asked += 1
-        if self.asked > EVERY:
-            raise ChatFailed("enough")
         return f"peer {self.asked}"
 
 
