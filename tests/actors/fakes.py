@@ -183,8 +183,8 @@ class FakeTools:
         return answer if isinstance(answer, ToolResult) else result(answer, tool=name)
 
 
-def settings(roles: Mapping[str, Mapping[str, object]], *, credit: str = "broadcast", **episode: object) -> Config:
-    """A config with these roles; the first is the root, where the workflow has one."""
+def settings(roles: Mapping[str, Mapping[str, object]], **episode: object) -> Config:
+    """A config with these roles, and a credit that suits; the first is the root, where the workflow has one."""
     if not isinstance(episode.get("workflow"), dict):
         episode = {"root": next(iter(roles)), **episode}
     return Config.model_validate(
@@ -193,7 +193,7 @@ def settings(roles: Mapping[str, Mapping[str, object]], *, credit: str = "broadc
             "data": {"train": {"kind": "world"}, "evaluation": {"kind": "world"}},
             "actor": {"engine": {"max_context_tokens": 100_000}},
             "episode": {"roles": roles, **episode},
-            "learner": {"credit": credit},
+            "learner": {"credit": "counterfactual" if "replay" in episode else "broadcast"},
         }
     )
 

@@ -62,7 +62,7 @@ def on(
     **episode: object,
 ) -> tuple[Stage, ScriptedEngine]:
     episode = {"replay": {"decisions": decisions, "alternatives": alternatives}, **episode}
-    config = settings(roles, credit="counterfactual", **episode)
+    config = settings(roles, **episode)
     return stage(config, script, tools=tools, elsewhere=elsewhere or Elsewhere())
 
 

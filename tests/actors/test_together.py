@@ -38,7 +38,9 @@ async def test_who_waits_for_others_has_heard_their_news_and_who_acts_beside_the
         beside.append(news.get())
 
     with anyio.fail_after(5):
-        await together([partial(together, [hear, ignore]), ignore])
+        inner: list[Callable[[], Awaitable[None]]] = [hear, ignore]
+        outer: list[Callable[[], Awaitable[object]]] = [partial(together, inner), ignore]
+        await together(outer)
     assert news.get() and beside == [False, False]
 
 
