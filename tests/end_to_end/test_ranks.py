@@ -27,6 +27,8 @@ from tests.end_to_end.processes import (
 from tests.end_to_end.test_kill import nothing_is_lost_or_doubled, reached, wait_until
 
 STEPS = 6
+PAUSES = 'learner.collapse={action = "pause", signs = 1, patience_steps = 1, mismatch_kl = 1e-9}'
+"""At the first tokens that newer weights than their own are trained on."""
 SHIPPED = ("one_machine", "two_machines")
 LAUNCHERS = {
     # Without the two dashes torchrun takes our --run for an abbreviation of its own --run-path.
@@ -112,8 +114,7 @@ def test_a_run_that_pauses_is_not_started_again_by_the_launcher(tmp_path: Path, 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         options = LAUNCHERS["accelerate"].format(*free.getsockname()).replace("restarts 3", f"restarts {restarts}")
-    collapse = 'learner.collapse={action = "pause", signs = 1, patience_steps = 1, mismatch_kl = 1e-9}'
-    learner = ["learner", str(QUICKSTART), *SHORT, "run.steps=1000", collapse, "--run", str(run.path)]
+    learner = ["learner", str(QUICKSTART), *SHORT, "run.steps=1000", PAUSES, "--run", str(run.path)]
     with begun("-m", *options.split(), *learner) as ranks:
         wait_until(lambda: run.hub.is_file(), ranks, limit_s=120, what="hub")
         address = run.hub_address()
@@ -127,6 +128,15 @@ def test_a_run_that_pauses_is_not_started_again_by_the_launcher(tmp_path: Path, 
     for rank in ("trainer", "trainer-1"):
         assert run.log(rank).read_text(encoding="utf-8").count('"trainer ready"') == 1, "it was not started again"
     assert list(run.checkpoints.glob("step-*")) and not run.summary.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_on_two_ranks_that_pauses_says_why_and_ends_with_a_code_of_its_own(tmp_path: Path) -> None:
+    done = matpo(*short_run(tmp_path, "run.steps=1000", "learner.ranks=2", PAUSES), timeout_s=400)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: training is paused and saved at step ")
+    assert list((only_run(tmp_path) / "checkpoints").glob("step-*"))
 
 
 def test_the_shipped_settings_are_ones_accelerate_reads() -> None:

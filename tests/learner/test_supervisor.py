@@ -12,7 +12,7 @@ import pytest
 
 from learner.__main__ import prepare
 from learner.supervisor import Supervisor
-from matpo.errors import UserError
+from matpo.errors import Paused, UserError
 from matpo.keeper import Kept, Patience, always
 from matpo.owner import UNOWNED
 
@@ -72,6 +72,13 @@ async def test_a_killed_trainer_is_started_again(tmp_path: Path) -> None:
     trainer = "n = starts('n')\nif n < 3: os.kill(os.getpid(), signal.SIGKILL)\n(here / 'done').touch()"
     assert await finish(supervisor(tmp_path, hub="until('done')", trainer=trainer)) == 0
     assert (tmp_path / "n").read_text() == "xxx"
+
+
+async def test_a_trainer_that_paused_is_not_started_again_and_ends_the_learner_with_its_words(tmp_path: Path) -> None:
+    trainer = "starts('n')\nprint('error: training is paused', file=sys.stderr)\nsys.exit(3)"
+    with pytest.raises(Paused, match=r"^training is paused$"):
+        await finish(supervisor(tmp_path, hub=FOREVER, trainer=trainer))
+    assert (tmp_path / "n").read_text() == "x"
 
 
 async def test_a_killed_hub_is_started_again_and_the_trainer_is_left_alone(tmp_path: Path) -> None:
