@@ -1,4 +1,4 @@
-"""Two ranks for all tests that want them: importing torch twice takes longer than what most of them do."""
+"""Two ranks for all tests of a file: importing torch twice takes longer than what most of them do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.learner.trainer.pair import Pair
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
     with Pair(rank_timeout_s=60) as made:
         yield made
