@@ -63,8 +63,10 @@ async def test_the_kill_and_the_freezing_of_a_server_lose_no_request_and_mislabe
     async with SglangEngine.open(tmp_path, settings, seed=0, log=tmp_path / "engine.log") as engine:
         await engine.load(weights_of(old), version=5)
 
-        killed = await generate_during(engine, lambda: signal_server(engine, "0", signal.SIGKILL))
+        killed = await generate_during(engine, signal_to(engine, "0", signal.SIGKILL))
         check(killed, {5: old})
+        with anyio.fail_after(PATIENCE_S):
+            await engine.fleet.wait(lambda: engine.fleet.servers["0"].keeper.state != "ready")
         assert (await engine.health()).detail.count("ready") == 1
 
         await engine.load(weights_of(new), version=6)  # one server took them, the other finds them when it is back
@@ -73,7 +75,7 @@ async def test_the_kill_and_the_freezing_of_a_server_lose_no_request_and_mislabe
         assert engine.fleet.servers["0"].keeper.starts == 2
         check(await generate_during(engine, lambda: None), {6: new})
 
-        frozen = await generate_during(engine, lambda: signal_server(engine, "0", signal.SIGSTOP))
+        frozen = await generate_during(engine, signal_to(engine, "0", signal.SIGSTOP))
         check(frozen, {6: new})
         await engine.load(weights_of(old), version=7)
         assert engine.version == 7
@@ -158,12 +160,17 @@ async def wait_usable(engine: SglangEngine, count: int) -> None:
         await engine.fleet.wait(lambda: len(engine.fleet.usable) == count)
 
 
-def signal_server(engine: SglangEngine, name: str, number: signal.Signals) -> None:
-    """To all processes of a server but its leash."""
+def signal_to(engine: SglangEngine, name: str, number: signal.Signals) -> Callable[[], None]:
+    """For all processes of a server but its leash. They are looked up now: answers would not wait for that."""
     port = engine.fleet.servers[name].client.url.rpartition(":")[2]
     (leash,) = [process for process in psutil.Process().children() if f"--port {port}" in " ".join(process.cmdline())]
-    for process in leash.children(recursive=True):
-        process.send_signal(number)
+    processes = leash.children(recursive=True)
+
+    def send() -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    return send
 
 
 RouterKind = Literal["smg", "sglang_router"]
