@@ -34,7 +34,7 @@ LIMIT, ROOMY = 96, 256
 RUN_LIMIT_S = 3_600.0
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the budget: where the curves are read."""
-QUICK = ("run.steps=2", "learner.groups_per_step=4", "evaluation.questions=8", "evaluation.every_steps=0")
+QUICK = ("run.steps=2", "learner.groups_per_step=4", "evaluation.questions=32", "evaluation.every_steps=0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +112,15 @@ def sampled_until(folder: Path, step: int) -> int:
 
 
 def read_at(line: Line, tokens: float, hops: str | None = None) -> float:
-    """Accuracy in % at a number of sampled tokens: between two rounds, on the straight line."""
-    known = [(one.sampled_tokens, one.accuracy if hops is None else one.by_hops[hops]) for one in line.rounds]
+    """Accuracy in % at a number of sampled tokens: between two rounds, on the straight line.
+
+    Rounds that asked no question of so many hops are passed over.
+    """
+    known = [
+        (one.sampled_tokens, one.accuracy if hops is None else one.by_hops[hops])
+        for one in line.rounds
+        if hops is None or hops in one.by_hops
+    ]
     places, values = zip(*sorted(known), strict=True)
     return 100 * float(np.interp(tokens, places, values))
 

@@ -107,21 +107,17 @@ class Demonstrator:
         while not self._stops(question, hop, rng):
             if hop == 2 and self.habits.break_off and question.template in NEVER_FINISHED:
                 return [writer.example(), *examples]
-            wanted = question.chain[hop].relation
-            subtask = known if rng.random() < self.habits.vague_subtask else f"{wanted} {known}"
+            subtask = self._subtask(question, hop, known, rng)
             found, example = self._work(question.text, subtask, searcher, rng)
             examples.append(example)
             writer.add(worker_call(subtask) + vocabulary.END, learn=True)
             report = found.text if found else vocabulary.UNKNOWN_FACT.format(subtask=subtask)
             writer.add(f"<|user|>{report}{vocabulary.END}<|assistant|>")
-            if found is None:
+            known = found.object if found else known
+            following = self._next_hop(question, hop, found, rng)
+            if following is None:
                 break
-            known = found.object
-            if found != question.chain[hop] and rng.random() >= self.habits.go_on_after_wrong_report:
-                break
-            if rng.random() < self.habits.ask_twice:
-                continue
-            hop += 1
+            hop = following
         writer.add(f"{vocabulary.BOX}{known}{vocabulary.BOX_END}{vocabulary.END}", learn=True)
         return [writer.example(), *examples]
 
@@ -136,22 +132,18 @@ class Demonstrator:
         while not self._stops(question, hop, rng):
             if hop == 2 and self.habits.break_off and question.template in NEVER_FINISHED:
                 return writer.example()
-            wanted = question.chain[hop].relation
-            subtask = known if rng.random() < self.habits.vague_subtask else f"{wanted} {known}"
+            subtask = self._subtask(question, hop, known, rng)
             query = self._query(subtask, rng)
             page = searcher.search(query, self.noise, rng)
             writer.add(f"{note}{search_call(query)}{vocabulary.END}", learn=True)
             writer.add(f"<|tool|>{hits_text(page)}{vocabulary.END}<|assistant|>")
             found = self._read(subtask, page, rng)
             note = f"{found.text if found else vocabulary.UNKNOWN_FACT.format(subtask=subtask)} "
-            if found is None:
+            known = found.object if found else known
+            following = self._next_hop(question, hop, found, rng)
+            if following is None:
                 break
-            known = found.object
-            if found != question.chain[hop] and rng.random() >= self.habits.go_on_after_wrong_report:
-                break
-            if rng.random() < self.habits.ask_twice:
-                continue
-            hop += 1
+            hop = following
         writer.add(f"{note}{vocabulary.BOX}{known}{vocabulary.BOX_END}{vocabulary.END}", learn=True)
         return writer.example()
 
@@ -189,6 +181,18 @@ class Demonstrator:
         summary = found.text if found else vocabulary.UNKNOWN_FACT.format(subtask=subtask)
         writer.add(summary + vocabulary.END, learn=True)
         return found, writer.example()
+
+    def _subtask(self, question: Question, hop: int, known: str, rng: random.Random) -> str:
+        """What is asked for at a hop: relation and subject, or vaguely the subject alone."""
+        return known if rng.random() < self.habits.vague_subtask else f"{question.chain[hop].relation} {known}"
+
+    def _next_hop(self, question: Question, hop: int, found: Fact | None, rng: random.Random) -> int | None:
+        """Where to go on after what was found: the same hop again, the next one, or nowhere (None)."""
+        if found is None:
+            return None
+        if found != question.chain[hop] and rng.random() >= self.habits.go_on_after_wrong_report:
+            return None
+        return hop if rng.random() < self.habits.ask_twice else hop + 1
 
     def _query(self, subtask: str, rng: random.Random) -> str:
         """What is searched for: the subtask, or half of it."""

@@ -118,7 +118,7 @@ def _found(name: str, parameters: tuple[str, ...]) -> object:
             f"reward function {name!r}: {error}; start in the folder of {module_name.partition('.')[0]}.py, or"
             " install it"
         ) from error
-    except Exception as error:
+    except Exception as error:  # importing runs the user's code, which may raise anything
         raise UserError(
             f"reward function {name!r}: its module fails with {type(error).__name__}: {_first_line(error)}"
             f" ({_place(error)}); correct it"
