@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -212,6 +213,72 @@ async def test_agents_that_act_at_once_keep_what_they_said_and_all_of_the_next_r
                 for act in later
             ]
     assert len(tree.joints) == 2 and len(tree.earned) == len(tree.trajectories)
+
+
+async def anything_new(prompt: str, sampling: Sampling) -> str:
+    """A message that nobody said before."""
+    return f"word {next(NUMBERS)}."
+
+
+def words_of(on_stage: Stage, act: Trajectory) -> str:
+    """What an agent said last."""
+    last = act.turns[-1]
+    return on_stage.renderer.decode(act.tokens[last.start : last.stop]).partition("<|")[0]
+
+
+NUMBERS = itertools.count(1)
+AGENTS: dict[str, dict[str, object]] = {name: {"system": f"I am {name}."} for name in ("one", "two")}
+CRITICS: dict[str, dict[str, object]] = {
+    name: {"system": f"I am the {name}."} for name in ("generator", "verifier", "refiner")
+}
+
+
+async def test_a_joint_answer_with_another_answer_in_it_is_told_anew_what_it_is_worth() -> None:
+    workflow = {"kind": "magrpo", "agents": ["one", "two"], "turns": 2, "next_message": "{peers}{feedback}"}
+    on_stage, engine = on(AGENTS, anything_new, workflow=workflow)
+    tree = await play(on_stage)
+    require_prefix(tree)
+    assert [one.role for one in tree.played] == ["one", "two"] * 2 and len(tree.joints) == 2
+    # Both answer again after another first answer; nothing follows another second one.
+    assert len(engine.prompts) == 4 + 2 * (2 * (1 + 2) + 2 * 1)
+    assert [len(followers(tree, one)) for one in tree.replays] == [2] * 4 + [0] * 4
+    for one in tree.replays[:4]:  # the one goes on from its alternative, which the other hears of
+        mine = {act.role: act for act in followers(tree, one)}
+        deciding = tree.trajectories[one.alternative]
+        other = next(act for role, act in mine.items() if role != deciding.role)
+        assert mine[deciding.role].parent == (one.alternative, 1)
+        assert other.parent is not None and tree.trajectories[other.parent[0]] is tree.played[1 - one.trajectory]
+        assert words_of(on_stage, deciding) in on_stage.renderer.decode(other.tokens)
+
+
+async def test_another_answer_gets_a_critique_and_a_refinement_of_its_own() -> None:
+    on_stage, engine = on(CRITICS, anything_new, workflow={"kind": "generate_verify_refine", "samples": 1})
+    tree = await play(on_stage)
+    require_prefix(tree)
+    assert [one.role for one in tree.played] == ["generator", "verifier", "refiner"]
+    assert len(engine.prompts) == 3 + 2 * (3 + 2 + 1)
+    later = [[act.role for act in followers(tree, one)] for one in tree.replays]
+    assert later == [["verifier", "refiner"]] * 2 + [["refiner"]] * 2 + [[]] * 2
+    for one in tree.replays:
+        said = words_of(on_stage, tree.trajectories[one.alternative])
+        assert all(f"\n{said}\n" in on_stage.renderer.decode(act.tokens) for act in followers(tree, one))
+
+
+async def test_a_simulated_user_answers_another_question_anew_and_the_recorded_one_not_again() -> None:
+    roles: dict[str, dict[str, object]] = {name: {"system": f"I am the {name}."} for name in ("agent", "user")}
+    on_stage, engine = on(roles, anything_new, workflow={"kind": "simulated_user", "turns": 2})
+    frozen = on_stage.config.learner.model_copy(update={"role_factors": {"user": 0.0}})
+    on_stage.config = on_stage.config.model_copy(update={"learner": frozen})
+    tree = await play(on_stage)
+    require_prefix(tree)
+    assert [one.role for one in tree.played] == ["agent", "user", "agent"]
+    # Another question: the user's words and the answer are new. Another answer: nothing follows.
+    assert [[act.role for act in followers(tree, one)] for one in tree.replays] == [["user", "agent"]] * 2 + [[]] * 2
+    assert len(engine.prompts) == 3 + 2 * 3 + 2 * 1
+    for one in tree.replays[:2]:
+        question, (user, answer) = tree.trajectories[one.alternative], followers(tree, one)
+        assert words_of(on_stage, question) in on_stage.renderer.decode(user.tokens)
+        assert words_of(on_stage, user) in on_stage.renderer.decode(answer.tokens)
 
 
 class Peer(ChatClient):
