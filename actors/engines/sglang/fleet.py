@@ -74,7 +74,7 @@ class Fleet:
 
         def settled() -> bool:
             failed[:] = [server for server in servers if server.keeper.state == "failed"]
-            return bool(failed) or all(server.keeper.state != "starting" for server in servers)
+            return bool(failed) or all(server.keeper.state not in ("starting", "silent") for server in servers)
 
         await self.wait(settled)
         if failed:

@@ -69,6 +69,8 @@ class Keeper:
         self._start_timeout_s = start_timeout_s
         self._suspected = anyio.Event()
         self._condemned: str | None = None
+        self._up = False
+        """Whether the running server was given what it lacked."""
 
     def suspect(self, reason: str) -> None:
         """A request failed: hold the others back until the server has been looked at."""
@@ -90,11 +92,8 @@ class Keeper:
             try:
                 async with self._server() as process:
                     await self._wait_healthy(process)
-                    await self._bring_up(fresh=True)
-                    self._become("ready", "ready")
-                    log.info("server ready", url=self._client.url, start=self.starts)
-                    await self._watch(process)
-            except (ServerDied, ServerGone, ServerRefused) as error:
+                    await self._use(process)
+            except ServerDied as error:
                 self._become("failed", str(error))
             failures = 0 if time.monotonic() - began > STEADY_S else failures + 1
             pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** max(0, failures - 1))
@@ -123,24 +122,37 @@ class Keeper:
             return
         raise ServerDied(f"server at {self._client.url} not healthy within {self._start_timeout_s:g} s")
 
-    async def _watch(self, process: anyio.abc.Process | None) -> None:
-        """Until the server is lost; raises `ServerDied`."""
-        reason = "lost"
+    async def _use(self, process: anyio.abc.Process | None) -> None:
+        """Bring the server up and watch it, from the first moment, until it is lost; raises `ServerDied`."""
+        reason = ""
+        self._up = False
         async with anyio.create_task_group() as tasks:
 
-            async def exits(running: anyio.abc.Process) -> None:
+            def lose(why: str) -> None:
                 nonlocal reason
-                reason = f"server ended with status {await running.wait()}"
+                reason = reason or why  # what follows from the end is not its cause
                 tasks.cancel_scope.cancel()
 
+            async def exits(running: anyio.abc.Process) -> None:
+                lose(f"server ended with status {await running.wait()}")
+
             async def fades() -> None:
-                nonlocal reason
-                reason = await self._wait_lost()
-                tasks.cancel_scope.cancel()
+                lose(await self._wait_lost())
+
+            async def rises() -> None:
+                try:
+                    await self._bring_up(fresh=True)
+                except (ServerGone, ServerRefused) as error:
+                    lose(str(error))
+                    return
+                self._up = True
+                self._become("ready", "ready")
+                log.info("server ready", url=self._client.url, start=self.starts)
 
             if process is not None:
                 tasks.start_soon(exits, process, name="server process")
             tasks.start_soon(fades, name="server health")
+            tasks.start_soon(rises, name="server start")
         raise ServerDied(reason)
 
     async def _wait_lost(self) -> str:
@@ -170,8 +182,12 @@ class Keeper:
         return self.busy and await self._client.present(deadline_s=DOUBT_S)
 
     async def _trust(self) -> None:
-        """Use a server again that answered."""
-        if self.state in ("suspected", "silent"):
-            await self._bring_up(fresh=False)
+        """Use a server again that answered; one that is being brought up yet is not used before that is done."""
+        if self.state not in ("suspected", "silent"):
+            return
+        if not self._up:
+            self._become("starting", "starting")
+            return
+        await self._bring_up(fresh=False)
         if self.state in ("suspected", "silent") and self._condemned is None:
             self._become("ready", "ready")
