@@ -88,8 +88,9 @@ class Backlogs:
         self._held: dict[bytes, deque[tuple[Sent, int]]] = {}
 
     def add(self, peer: bytes, sent: Sent, size_bytes: int) -> None:
-        """Note something large on its way."""
-        self._held.setdefault(peer, deque()).append((sent, size_bytes))
+        """Note something large on its way, and forget what has arrived: not every peer asks for chunks."""
+        held = self._held[peer] = self._left(peer)
+        held.append((sent, size_bytes))
         if len(self._held) > PEERS:
             self._held = {known: left for known in self._held if (left := self._left(known))}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -96,6 +97,15 @@ def test_a_peer_that_reads_nothing_gets_no_more_chunks_until_it_reads() -> None:
     assert backlogs.refusal(b"other", request) is None
     parcels[0].done = True
     assert backlogs.refusal(b"slow", request) is None
+
+
+def test_what_has_arrived_is_forgotten_though_its_peer_never_asks_for_chunks() -> None:
+    backlogs, parcels = Backlogs(), [Parcel() for _ in range(100)]
+    forgotten = [weakref.ref(parcel) for parcel in parcels]
+    while parcels:
+        backlogs.add(b"trainer", parcels[-1], 10)
+        parcels.pop().done = True
+    assert sum(parcel() is not None for parcel in forgotten) == 1, "only the last was not looked at again"
 
 
 @asynccontextmanager
