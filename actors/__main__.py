@@ -20,7 +20,7 @@ from actors.engines.opening import open_engine
 from actors.episode import play_episode
 from actors.failure import user_error
 from actors.greet import SentHome, greet
-from actors.heap import keep_small
+from actors.heap import keep_small, share_one_heap
 from actors.limits import allow_open_files
 from actors.outbox import Outbox
 from actors.play import Player
@@ -183,6 +183,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Place, Path | None]:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Parse, play, and turn what a user can fix into one line."""
+    share_one_heap()
     place, log_file = parse(arguments)
     allow_open_files(place.config.actor.concurrency)
     configure_logs(log_file, component=place.actor_id)
