@@ -109,7 +109,6 @@ class Soak:
             unique = name if seen[name] == 1 else f"{name} {seen[name]}"
             try:
                 self._note(f"{unique} resident", "bytes", at_s, process.memory_info().rss)
-                self._note(f"{unique} proportional", "bytes", at_s, proportional_bytes(process.pid))
                 self._note(f"{unique} open files", "files", at_s, process.num_fds())
                 self._note(f"{unique} threads", "threads", at_s, process.num_threads())
             except (psutil.NoSuchProcess, psutil.ZombieProcess, ProcessLookupError, FileNotFoundError):
@@ -183,14 +182,6 @@ def process_name(command: Sequence[str], parent: str) -> str:
         return f"{parent} {Path(command[0]).name}" if command else f"{parent} helper"
     module = command[command.index("-m") + 1]
     return module.rpartition(".")[2] if module.startswith("learner") else f"{parent} {module.rpartition('.')[2]}"
-
-
-def proportional_bytes(pid: int) -> int:
-    """PSS: memory shared with others counts by its share."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def disk_bytes(folder: Path) -> dict[str, int]:
