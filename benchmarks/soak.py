@@ -3,10 +3,10 @@ sizes of what the run keeps on disk, as slopes per hour after a warm-up.
 
 `python -m benchmarks.soak [--hours 2] [--quick]`. A slope is the median of the slopes between all pairs of samples
 (Theil-Sen), which a few odd samples cannot move. A quantity is flat when an hour adds less than its `LIMITS` allow;
-metrics and logs grow with every step by design and are only reported. The journal drops what every checkpoint holds
-(`hub.keep_trained`). The policy hardly moves (`learner.lr`), so that
-the work is the same all the time. Every ten minutes the report so far is written to `--out`; Ctrl-C ends the soak early
-with the report of what there is. The last line is one JSON object.
+metrics, logs and the record of what was trained grow with every step by design and are only reported. The journal
+drops what every checkpoint holds (`hub.keep_trained`). The policy hardly moves (`learner.lr`), so that the work is the
+same all the time. Every ten minutes the report so far is written to `--out`; Ctrl-C ends the soak early with the report
+of what there is. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ WARM_UP = 0.25
 """Share of the soak that no slope looks at: caches fill, the journal reaches its steady size."""
 REPORT_EVERY_S = 600.0
 START_LIMIT_S, LEAVE_LIMIT_S = 180.0, 150.0
+FILES = {
+    "journal": "journal.sqlite",
+    "journal wal": "journal.sqlite-wal",
+    "metrics": "metrics.jsonl",
+    "record of what was trained": "consumed.jsonl",
+}
 FOLDERS = ("checkpoints", "weights", "outbox", "traces", "logs")
 Unit = Literal["bytes", "files", "threads"]
 LIMITS: Mapping[Unit, tuple[float, float]] = {
@@ -49,7 +55,7 @@ LIMITS: Mapping[Unit, tuple[float, float]] = {
     "threads": (0.0, 0.5),
 }
 """Most an hour may add: this share of the median, or this much, whichever is more."""
-GROWS_BY_DESIGN = ("disk logs", "disk metrics")
+GROWS_BY_DESIGN = ("disk logs", "disk metrics", "disk record of what was trained")
 
 
 @dataclass(slots=True)
@@ -186,8 +192,7 @@ def process_name(command: Sequence[str], parent: str) -> str:
 
 def disk_bytes(folder: Path) -> dict[str, int]:
     """Sizes of what a run keeps."""
-    files = {"journal": "journal.sqlite", "journal wal": "journal.sqlite-wal", "metrics": "metrics.jsonl"}
-    sizes = {name: size_bytes(folder / file) for name, file in files.items()}
+    sizes = {name: size_bytes(folder / file) for name, file in FILES.items()}
     return sizes | {name: sum(size_bytes(f) for f in (folder / name).rglob("*")) for name in FOLDERS}
 
 
