@@ -14,8 +14,8 @@ _ARENA_MAX: Final = -8
 
 
 def share_one_heap() -> None:
-    """Let threads that start from now on allocate from one heap. By itself glibc opens one more whenever two threads
-    ask at once, up to eight a core, and each keeps free memory of its own. With another C library nothing happens."""
+    """Let threads that start from now on allocate from one heap. By itself glibc opens one for every thread that finds
+    none unused, up to eight a core, and each keeps free memory of its own. With another C library nothing happens."""
     if hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(_ARENA_MAX, 1)
 

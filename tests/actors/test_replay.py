@@ -215,6 +215,9 @@ async def test_agents_that_act_at_once_keep_what_they_said_and_all_of_the_next_r
     assert len(tree.joints) == 2 and len(tree.earned) == len(tree.trajectories)
 
 
+NUMBERS = itertools.count(1)
+
+
 async def anything_new(prompt: str, sampling: Sampling) -> str:
     """A message that nobody said before."""
     return f"word {next(NUMBERS)}."
@@ -223,17 +226,18 @@ async def anything_new(prompt: str, sampling: Sampling) -> str:
 def words_of(on_stage: Stage, act: Trajectory) -> str:
     """What an agent said last."""
     last = act.turns[-1]
-    return on_stage.renderer.decode(act.tokens[last.start : last.stop]).partition("<|")[0]
+    words = on_stage.renderer.decode(act.tokens[last.start : last.stop]).partition("<|")[0]
+    assert words.startswith("word ")
+    return words
 
 
-NUMBERS = itertools.count(1)
 AGENTS: dict[str, dict[str, object]] = {name: {"system": f"I am {name}."} for name in ("one", "two")}
 CRITICS: dict[str, dict[str, object]] = {
     name: {"system": f"I am the {name}."} for name in ("generator", "verifier", "refiner")
 }
 
 
-async def test_a_joint_answer_with_another_answer_in_it_is_told_anew_what_it_is_worth() -> None:
+async def test_both_agents_answer_again_after_a_joint_answer_with_another_answer_in_it() -> None:
     workflow = {"kind": "magrpo", "agents": ["one", "two"], "turns": 2, "next_message": "{peers}{feedback}"}
     on_stage, engine = on(AGENTS, anything_new, workflow=workflow)
     tree = await play(on_stage)

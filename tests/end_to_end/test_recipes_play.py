@@ -154,6 +154,8 @@ async def test_a_recipe_plays_and_its_policy_moves(config: Config, tmp_path: Pat
     assert all(tree.reward is not None for tree in trees), [tree.rewards for tree in trees]
     assert {played.role for tree in trees for played in tree.trajectories} == set(config.episode.roles)
     training = Training.start(config, ALONE)
+    before = {name: tensor.clone() for name, tensor in training.policy.published.items()}
     taken = prepare(trees, config, current=0, shape=training.policy.shape, device=training.policy.device)
     report = shared_step(training, taken, config, 1, ALONE)
     assert math.isfinite(report.loss) and 0 < report.grad_norm < math.inf
+    assert any(not tensor.equal(before[name]) for name, tensor in training.policy.published.items())
