@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +20,7 @@ from protocols.messages import (
     Hello,
     LeaseRequest,
     Publish,
+    Refuse,
     StepDone,
     TrainerHello,
     TreeUpload,
@@ -107,3 +110,14 @@ def test_a_damaged_tree_is_refused_or_unharmed_but_never_half_in(tmp_path: Path)
 
         damage()
         assert at.ledger.trees <= 1
+
+
+@pytest.mark.parametrize("group_id", ["train-²", "train-٣", "train-1", "train-0", "-1", "", "train-" + "9" * 150])
+def test_a_tree_of_a_group_that_was_never_opened_is_refused_whatever_its_number(tmp_path: Path, group_id: str) -> None:
+    with bench(tmp_path) as at:
+        at.start()
+        tree = make_tree(at.ask(2)[0], 0)
+        (answer,) = at.upload(replace(tree, group_id=group_id))
+        assert isinstance(answer, Refuse) and answer.reason == "unknown_lease"
+        at.upload(tree)
+        assert at.ledger.trees == 1
