@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, TypeAdapter, ValidationError
 
 from protocols.keys import ActorKeys, HubKeys
-from protocols.messages import ActorMessage, HubMessage, Refuse, TrainerMessage
+from protocols.messages import ActorMessage, HubMessage, Refuse, TrainerMessage, TreeUpload
 
 Frame = bytes | memoryview
 HubInput = ActorMessage | TrainerMessage
@@ -136,7 +136,8 @@ def read_for_hub(parts: Sequence[memoryview], *, max_message_bytes: int) -> HubI
         return Refuse(reason="malformed", detail="a message without a header")
     total, header = sum(part.nbytes for part in parts), parts[0].nbytes
     if total > max_message_bytes:
-        return Refuse(reason="oversized", detail=f"{total} bytes; hub.max_message_bytes is {max_message_bytes}")
+        detail = f"{total} bytes; hub.max_message_bytes is {max_message_bytes}"
+        return Refuse(reason="oversized", detail=detail, about=_tree_of(parts[0]))
     if header > MAX_HEADER_BYTES or len(parts) > MAX_FRAMES:
         limits = f"at most {MAX_HEADER_BYTES} and {MAX_FRAMES}"
         return Refuse(reason="oversized", detail=f"a header of {header} bytes and {len(parts)} frames; {limits}")
@@ -144,6 +145,17 @@ def read_for_hub(parts: Sequence[memoryview], *, max_message_bytes: int) -> HubI
         return _HUB_INPUT.validate_json(bytes(parts[0]))
     except ValidationError as error:
         return _explain(error)
+
+
+def _tree_of(header: memoryview) -> str:
+    """The tree whose upload is refused unread: its sender must learn which one to give up, or sends it for ever."""
+    if header.nbytes > MAX_HEADER_BYTES:
+        return ""
+    try:
+        message = _HUB_INPUT.validate_json(bytes(header))
+    except ValidationError:
+        return ""
+    return message.tree_id if isinstance(message, TreeUpload) else ""
 
 
 def read_from_hub(header: memoryview, refused: Counter[str]) -> HubMessage | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -12,6 +13,7 @@ from structlog.testing import capture_logs
 from actors import outbox as module
 from actors.outbox import WINDOW_TREES, Outbox
 from matpo.errors import UserError
+from protocols.channel import HubClient, HubSocket
 from protocols.codec import decode_tree
 from protocols.messages import Refuse, TreeUpload
 from tests.actors.trees import small_tree
@@ -165,6 +167,24 @@ def test_a_tree_the_hub_will_never_take_is_dropped_and_counted_others_stay(tmp_p
         assert outbox.refuse(Refuse(reason="draining", detail="later", about="b"))
         assert not outbox.refuse(Refuse(reason="unknown_object", detail="gone", about="delta-3"))
         assert len(outbox) == 1 and outbox.dropped == {"unknown_weights": 1}
+
+
+async def test_a_tree_too_large_for_the_hub_is_dropped_and_the_next_one_is_delivered(tmp_path: Path) -> None:
+    large = replace(small_tree("large"), rewards={"total": 1.0} | {f"part {n}": 1.0 for n in range(6_000)})
+    async with (
+        HubSocket.bind("tcp://127.0.0.1:0", max_message_bytes=2**16) as hub,
+        HubClient.connect(hub.endpoint) as c,
+    ):
+        with Outbox.open(tmp_path, limit_trees=10) as outbox, anyio.fail_after(PATIENCE_S):
+            outbox.put(large)
+            outbox.put(small_tree("small"))
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(outbox.upload, c)
+                assert (await hub.receive()).message == TreeUpload(tree_id="small")
+                refusal, _ = await c.receive()
+                assert isinstance(refusal, Refuse) and outbox.refuse(refusal)
+                tasks.cancel_scope.cancel()
+            assert outbox.dropped == {"oversized": 1} and tree_files(tmp_path) == ["small.tree"]
 
 
 def test_two_actors_cannot_share_an_outbox(tmp_path: Path) -> None:
