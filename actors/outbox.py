@@ -34,6 +34,7 @@ WINDOW_TREES = 32
 """Trees on their way at once: credits that bound the hub's memory."""
 RESEND_S = 15.0
 """A tree not acknowledged for so long is sent again; the hub knows it by its id."""
+LARGEST_BYTES = 256 * 2**20
 FINAL: frozenset[RefuseReason] = frozenset({"malformed", "oversized", "unknown_weights", "unknown_lease"})
 """Refusals that no resend can change: the tree is dropped and counted."""
 
@@ -58,9 +59,10 @@ class _Entry:
 class Outbox:
     """The trees of one actor that the hub has not acknowledged, oldest first."""
 
-    def __init__(self, folder: Path, *, limit_trees: int, resend_s: float = RESEND_S) -> None:
+    def __init__(self, folder: Path, *, limit_trees: int, limit_bytes: int, resend_s: float) -> None:
         self._folder = folder
         self._limit = limit_trees
+        self._limit_bytes = limit_bytes
         self._resend_s = resend_s
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         """Only the first `WINDOW_TREES` are ever on their way."""
@@ -72,8 +74,13 @@ class Outbox:
 
     @classmethod
     @contextmanager
-    def open(cls, folder: Path, *, limit_trees: int, resend_s: float = RESEND_S) -> Iterator[Self]:
-        """Find what an earlier process left. Raises `UserError` where another actor uses the folder."""
+    def open(
+        cls, folder: Path, *, limit_trees: int, limit_bytes: int = LARGEST_BYTES, resend_s: float = RESEND_S
+    ) -> Iterator[Self]:
+        """Find what an earlier process left; `limit_bytes` is what the hub takes in one message.
+
+        Raises `UserError` where another actor uses the folder.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -83,7 +90,7 @@ class Outbox:
                 raise UserError(
                     f"outbox {str(folder)!r} is in use by another actor; give this one its own --actor-id"
                 ) from error
-            outbox = cls(folder, limit_trees=limit_trees, resend_s=resend_s)
+            outbox = cls(folder, limit_trees=limit_trees, limit_bytes=limit_bytes, resend_s=resend_s)
             outbox._recover()
             yield outbox
         finally:
@@ -103,8 +110,14 @@ class Outbox:
         return frozenset(entry.lease_id for entry in self._entries.values())
 
     def put(self, tree: EpisodeTree) -> None:
-        """Write a finished tree. Raises `ValueError` for one beyond the codec's limits."""
+        """Write a finished tree. Raises `ValueError` for one beyond the limits of the codec or the hub."""
         entry, content = _Entry(tree.lease_id), _pack(encode_tree(tree))
+        if len(content) > self._limit_bytes:
+            # Far beyond it the hub hangs up without a word, and every tree behind this one would be cut off with it.
+            raise ValueError(
+                f"tree {tree.tree_id} has {len(content)} bytes, more than hub.max_message_bytes = {self._limit_bytes}:"
+                " raise that, or lower the roles' limits"
+            )
         draft = self._folder / f"{tree.tree_id}.draft"
         try:
             draft.write_bytes(content)

@@ -16,6 +16,7 @@ from matpo.errors import UserError
 from protocols.channel import HubClient, HubSocket
 from protocols.codec import decode_tree
 from protocols.messages import Refuse, TreeUpload
+from protocols.records import EpisodeTree
 from tests.actors.trees import small_tree
 from tests.counting import lines_run
 from tests.disk import full_disk
@@ -25,6 +26,12 @@ PATIENCE_S = 10.0
 
 def tree_files(folder: Path, suffix: str = "tree") -> list[str]:
     return sorted(path.name for path in folder.glob(f"*.{suffix}"))
+
+
+def large_tree() -> EpisodeTree:
+    """Of more than 64 KiB."""
+    parts: dict[str, float | None] = {f"part {number}": 1.0 for number in range(6_000)}
+    return replace(small_tree("large"), rewards=parts)
 
 
 class Wire:
@@ -170,21 +177,28 @@ def test_a_tree_the_hub_will_never_take_is_dropped_and_counted_others_stay(tmp_p
 
 
 async def test_a_tree_too_large_for_the_hub_is_dropped_and_the_next_one_is_delivered(tmp_path: Path) -> None:
-    large = replace(small_tree("large"), rewards={"total": 1.0} | {f"part {n}": 1.0 for n in range(6_000)})
     async with (
         HubSocket.bind("tcp://127.0.0.1:0", max_message_bytes=2**16) as hub,
-        HubClient.connect(hub.endpoint) as c,
+        HubClient.connect(hub.endpoint) as actor,
     ):
         with Outbox.open(tmp_path, limit_trees=10) as outbox, anyio.fail_after(PATIENCE_S):
-            outbox.put(large)
+            outbox.put(large_tree())
             outbox.put(small_tree("small"))
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(outbox.upload, c)
+                tasks.start_soon(outbox.upload, actor)
                 assert (await hub.receive()).message == TreeUpload(tree_id="small")
-                refusal, _ = await c.receive()
+                refusal, _ = await actor.receive()
                 assert isinstance(refusal, Refuse) and outbox.refuse(refusal)
                 tasks.cancel_scope.cancel()
             assert outbox.dropped == {"oversized": 1} and tree_files(tmp_path) == ["small.tree"]
+
+
+def test_a_tree_the_hub_would_hang_up_on_is_not_kept_to_be_sent_for_ever(tmp_path: Path) -> None:
+    with Outbox.open(tmp_path, limit_trees=10, limit_bytes=2**16) as outbox:
+        with pytest.raises(ValueError, match=r"more than hub\.max_message_bytes = 65536: raise that"):
+            outbox.put(large_tree())
+        outbox.put(small_tree("small"))
+        assert len(outbox) == 1 and tree_files(tmp_path) == ["small.tree"]
 
 
 def test_two_actors_cannot_share_an_outbox(tmp_path: Path) -> None:
