@@ -134,7 +134,10 @@ class Journal:
     @classmethod
     @contextmanager
     def open(cls, path: Path) -> Iterator[Journal]:
-        """Open or create the journal for writing. Raises `JournalUnreadable`."""
+        """Open or create the journal for writing.
+
+        Raises `JournalUnreadable`; on a full disk `sqlite3.OperationalError`, as a transaction does.
+        """
         connection = sqlite3.connect(path, isolation_level=None, timeout=10.0)
         try:
             _prepare(connection, path)
@@ -248,6 +251,8 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version == 0:
             connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    except sqlite3.OperationalError:
+        raise  # says nothing about the file: opening one takes room on the disk, which may be there again in a moment
     except sqlite3.DatabaseError as error:
         raise JournalUnreadable(f"journal {str(path)!r} cannot be opened: {error}; start a new run") from error
     _check_version(connection, path)

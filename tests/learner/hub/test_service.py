@@ -47,6 +47,7 @@ from protocols.messages import (
     WeightsReady,
 )
 from protocols.records import EpisodeTree, version_of
+from tests.disk import full_disk
 from tests.learner.hub.bench import TOKENIZER, digest_of, make_config, make_tasks, make_tree
 
 STEPS = 3
@@ -296,6 +297,17 @@ def test_a_full_disk_ends_the_hub_in_a_line_and_with_a_code_that_has_it_started_
     assert "database or disk is full; free disk space, nothing is lost" in capsys.readouterr().err
     with pytest.raises(UserError, match="text"):
         give_up(RunFolder(tmp_path), JournalUnreadable("text"))
+
+
+def test_a_full_disk_when_a_journal_is_opened_is_not_taken_for_a_damaged_journal(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    with Journal.open(path) as journal, journal.transaction():
+        journal.count_up("trees")
+    refused = pytest.raises(sqlite3.OperationalError)
+    with full_disk(), refused, Journal.open(path):
+        pass
+    with Journal.open(path) as journal:
+        assert journal.counter("trees") == 1
 
 
 def test_a_transaction_that_the_disk_refuses_leaves_the_journal_as_it_was(tmp_path: Path) -> None:
