@@ -92,7 +92,7 @@ class Checkpoints:
         memory: Memory = NOTHING,
         required: bool = True,
     ) -> bool:
-        """Write `step-<step>` and remove all but the newest `keep`; the tokenizer is copied from the folder `model`.
+        """Write `step-<step>` and remove all but it and the `keep - 1` before; the tokenizer is copied from `model`.
 
         `memory` is the credit scheme's. Where the disk has no room nothing changes: raises `UserError`, or logs it and
         returns False where the checkpoint is not `required`.
@@ -122,6 +122,8 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
         _flush(self.folder)
+        # Later ones were damaged when this run went on, and the ledger has gone back behind them: they are no use.
+        self.forget_after(step)
         for old in self._newest_first()[self.keep :]:
             shutil.rmtree(old)
         return True

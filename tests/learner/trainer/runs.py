@@ -186,6 +186,14 @@ def run_trainer(folder: RunFolder, config: Config, *, stopping: threading.Event 
     return hub
 
 
+def damage(checkpoint: Path) -> None:
+    """Turn one bit of a checkpoint's weights."""
+    weights = checkpoint / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+
 def ledger(folder: RunFolder) -> Iterator[tuple[object, ...]]:
     """(state, step, reason, how many) of all trees."""
     with Journal.open_read_only(folder.journal) as journal:

@@ -24,7 +24,7 @@ from protocols.records import version_of
 from protocols.weights import Weights, covering, read_keyframe, weights_digest
 from tests.disk import full_disk
 from tests.learner.trainer.models import tiny_model
-from tests.learner.trainer.runs import StopAfter, ledger, make_run, run_trainer
+from tests.learner.trainer.runs import StopAfter, damage, ledger, make_run, run_trainer
 
 
 def digest_of(path: Path) -> str:
@@ -156,14 +156,21 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     run_trainer(whole, config)
     damaged, config = make_run(tmp_path / "damaged")
     run_trainer(damaged, config)
-    weights = damaged.checkpoints / "step-000004" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    damage(damaged.checkpoints / "step-000004")
     hub = run_trainer(damaged, config)
     assert "damaged checkpoint ignored" in capsys.readouterr().out
     assert [done.step for done in hub.steps_done] == [3, 4]
     assert digest_of(damaged.path) == digest_of(whole.path)
+
+
+def test_a_checkpoint_saved_after_a_damaged_later_one_is_kept_in_its_place(tmp_path: Path) -> None:
+    folder, config = make_run(tmp_path, learner={"keep_checkpoints": 1})
+    run_trainer(folder, config)
+    damage(folder.checkpoints / "step-000004")
+    run_trainer(folder, config, stopping=StopAfter(5))
+    saved = Checkpoints(folder.checkpoints, keep=1).newest()
+    assert saved is not None and 0 < saved.step < 4
+    assert [path.name for path in folder.checkpoints.iterdir()] == [f"step-{saved.step:06d}"]
 
 
 def test_a_trainer_told_to_stop_while_waiting_saves_and_ends(tmp_path: Path) -> None:
