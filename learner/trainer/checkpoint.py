@@ -142,8 +142,9 @@ class Checkpoints:
         return _step_of(kept[-1]) if len(kept) > 1 else 0
 
     def steps_before(self, step: int) -> list[int]:
-        """Steps of the checkpoints older than `step`, newest first."""
-        return [found for path in self._newest_first() if (found := _step_of(path)) < step]
+        """Steps of the sound checkpoints older than `step`, newest first."""
+        older = ((found, path) for path in self._newest_first() if (found := _step_of(path)) < step)
+        return [found for found, path in older if _check(path) is not None]
 
     def forget_after(self, step: int) -> None:
         """Remove the checkpoints of later steps."""

@@ -10,8 +10,9 @@ import pytest
 
 from learner.trainer import replay
 from learner.trainer.checkpoint import Checkpoints
+from learner.trainer.guard import Guard
 from learner.trainer.ranks import ALONE
-from matpo.collapse import read_rollbacks
+from matpo.collapse import Alarm, read_rollbacks
 from matpo.config import Config
 from matpo.errors import Paused
 from matpo.folder import RunFolder
@@ -20,7 +21,7 @@ from matpo.metrics import read_metrics
 from protocols.records import version_of
 from tests.learner.trainer import rank_cases
 from tests.learner.trainer.pair import Pair
-from tests.learner.trainer.runs import JournalHub, StopAfter, ledger, make_run, run_trainer
+from tests.learner.trainer.runs import JournalHub, StopAfter, damage, ledger, make_run, run_trainer
 
 
 def alarmed(folder: RunFolder, action: Literal["off", "warn", "pause", "rollback"]) -> Config:
@@ -73,6 +74,19 @@ def test_a_run_with_no_checkpoint_from_before_the_signs_pauses_instead(tmp_path:
     folder, _ = make_run(tmp_path, steps=3)
     with pytest.raises(Paused, match="no checkpoint is older than the signs of a collapse since step 1"):
         run_trainer(folder, alarmed(folder, "rollback"))
+
+
+def test_a_rollback_passes_a_damaged_checkpoint_over_and_removes_nothing_for_it(tmp_path: Path) -> None:
+    folder, config = make_run(tmp_path)
+    run_trainer(folder, config)
+    damage(folder.checkpoints / "step-000002")
+    checkpoints = Checkpoints(folder.checkpoints, keep=2)
+    assert checkpoints.steps_before(5) == [4] and checkpoints.steps_before(4) == []
+    guard = Guard.of(folder, alarmed(folder, "rollback"), ALONE)
+    guard.raised, guard._alarm = True, Alarm(step=4, since_step=3, signs=("a sign",))
+    with pytest.raises(Paused, match="no checkpoint is older than the signs of a collapse since step 3"):
+        guard.conclude(checkpoints)
+    assert newest(folder) == 4
 
 
 def test_going_back_to_the_same_checkpoint_in_vain_ends_in_a_pause(tmp_path: Path) -> None:
