@@ -124,6 +124,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def trainer_lock(self) -> Path:
+        """Held by the one process that trains the run."""
+        return self.path / "trainer.lock"
+
     def log(self, component: str) -> Path:
         return self.path / "logs" / f"{component}.jsonl"
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -24,6 +25,7 @@ from learner.trainer.report import StepReport, merged
 from learner.trainer.setup import Training
 from learner.trainer.shared_hub import SharedHub
 from learner.trainer.step import train_step
+from learner.trainer.turn import only_trainer
 from matpo.collapse import Vitals
 from matpo.config import Config
 from matpo.credit.scheme import NOTHING, Memory
@@ -163,7 +165,8 @@ def run(arguments: Sequence[str]) -> int:
     stop_on_signals(stopping)
     metrics = MetricsFile(folder.metrics)
     try:
-        with joined(config.learner) as ranks:
+        turn = only_trainer(folder.trainer_lock, stopping) if own_rank() == 0 else nullcontext()
+        with turn, joined(config.learner) as ranks:
             while train(folder, config, metrics, stopping, ranks):
                 log.info("training begins again")
     except (ChannelError, NoHub, Refused, OSError) as error:
