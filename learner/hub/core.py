@@ -340,6 +340,7 @@ class Hub:
             self._refuse("trainer", peer, "wrong_config", detail)
         else:
             self.asker, self.trainer_waits = None, ()
+            self.weights.delete_strays()
             self._send("trainer", peer, TrainerWelcome(lineage=self.batches.begin_lineage(hello.step, at=at)))
 
     def _publish(self, peer: bytes, message: Publish, *, at: float) -> None:

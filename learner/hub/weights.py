@@ -151,6 +151,14 @@ class WeightStore:
         self._unneeded.clear()
         return gone
 
+    def delete_strays(self) -> None:
+        """Remove files that no publication names: drafts of killed trainers, and what they never got to announce. Call
+        when a trainer begins, which writes anew what it publishes."""
+        known = {entry.name for entry in self._available}.union(self._unneeded)
+        for path in self._folder.iterdir():
+            if path.name not in known and path.is_file():
+                path.unlink()
+
     def _add(self, published: Published, *, at: float) -> None:
         self.latest = published
         self._published_at[published.version] = at

@@ -237,3 +237,14 @@ def test_a_file_that_is_no_journal_is_named(tmp_path: Path) -> None:
         pass
     with pytest.raises(JournalUnreadable, match="does not exist"), Journal.open_read_only(tmp_path / "none"):
         pass
+
+
+def test_weight_files_that_a_killed_trainer_never_announced_go_when_the_next_begins(tmp_path: Path) -> None:
+    with bench(tmp_path) as at:
+        at.start()
+        for name in ("keyframe-1.bin", ".keyframe-1.bin.4711"):
+            (tmp_path / "weights" / name).write_bytes(b"written and never announced")
+        at.restart()
+        assert len(list((tmp_path / "weights").iterdir())) == 3
+        assert at.trainer_hello() == 1
+        assert [path.name for path in (tmp_path / "weights").iterdir()] == ["keyframe-0.bin"]
