@@ -25,9 +25,9 @@ def conditions(hub: Hub, now_s: float) -> Iterator[Condition]:
         yield waiting("actors")
     for actor in hub.roster.silent(now_s):
         yield waiting("actor", since_s=actor.heard_s, actor=actor.actor_id)
-    if hub.asker is not None:
+    if hub.wanted_step is not None and _trainer_lives(hub, now_s):
         have, need = hub.batches.complete_groups(), hub.config.learner.groups_per_step
-        yield waiting("batch", who="trainer", step=hub.asker.step, have=have, need=need)
+        yield waiting("batch", who="trainer", step=hub.wanted_step, have=have, need=need)
 
 
 def reported_waits(hub: Hub, now_s: float) -> Iterator[Wait]:

@@ -139,7 +139,9 @@ class Hub:
         """Weights that engines took since this list was emptied."""
         self._outgoing: list[Outgoing] = []
         self.asker: Asker | None = None
-        """The trainer, while it waits for a batch."""
+        """The trainer, while it waits for an answer."""
+        self.wanted_step: int | None = None
+        """The step whose batch the trainer lacks; `NotYet` in between does not end that wait."""
         self.trainer_heard_s = now_s
         """Monotonic time of the trainer's last message."""
         self.trainer_waits: tuple[Wait, ...] = ()
@@ -321,7 +323,7 @@ class Hub:
                         raise OutOfStep(f"a batch was asked for step {step} with a checkpoint of step {settled}")
                     if self.settler is not None:
                         self.settler.allow(settled)
-                    self.asker = Asker(peer, step, now_s)
+                    self.asker, self.wanted_step = Asker(peer, step, now_s), step
                 case StepDone():
                     self.batches.done(message, at=at)
                     self._send("trainer", peer, Ok())
@@ -339,7 +341,7 @@ class Hub:
             detail = f"trainer has config {hello.config_digest}, this run {expected}; start both from RUN/config.json"
             self._refuse("trainer", peer, "wrong_config", detail)
         else:
-            self.asker, self.trainer_waits = None, ()
+            self.asker, self.wanted_step, self.trainer_waits = None, None, ()
             self.weights.delete_strays()
             self._send("trainer", peer, TrainerWelcome(lineage=self.batches.begin_lineage(hello.step, at=at)))
 
@@ -365,7 +367,7 @@ class Hub:
         try:
             groups = self.batches.plan(asker.step)
         except OutOfStep as error:
-            self.asker = None
+            self.asker = self.wanted_step = None
             self._refuse("trainer", asker.peer, "unexpected", str(error))
             return
         if groups is not None:
@@ -374,7 +376,7 @@ class Hub:
             self._outgoing.append(
                 Outgoing("trainer", asker.peer, message, tuple(frame for frames in trees for frame in frames))
             )
-            self.asker = None
+            self.asker = self.wanted_step = None
         elif now_s - asker.since_s >= BATCH_PATIENCE_S:
             self._send("trainer", asker.peer, NotYet())
             self.asker = None

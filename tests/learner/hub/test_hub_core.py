@@ -18,6 +18,7 @@ from protocols.messages import (
     ChunkRequest,
     Drain,
     HubMessage,
+    NotYet,
     Ok,
     Publish,
     Refuse,
@@ -189,6 +190,26 @@ def test_waits_are_named_and_have_a_remedy(tmp_path: Path) -> None:
         at.step(seconds=5.0)
         silent = [c for c in conditions(at.hub, at.now_s) if c.what == "a heartbeat of actor-0"]
         assert len(silent) == 1 and "actor-0.jsonl" in silent[0].remedy
+
+
+def test_the_wait_for_a_batch_grows_into_a_stall_though_the_trainer_is_told_in_between_that_there_is_none(
+    tmp_path: Path,
+) -> None:
+    with bench(tmp_path) as at:
+        at.start()
+        book, began = WaitBook("hub"), at.now_s
+        at.batch(1)
+        book.update(conditions(at.hub, at.now_s), at.now_s)
+        while at.now_s - began < 61.0:  # the status is read where the answer has just left and in other moments
+            (answer,) = [o.message for o in at.step(seconds=1.0) if o.side == "trainer"]
+            assert isinstance(answer, NotYet)
+            waits = book.update(conditions(at.hub, at.now_s), at.now_s)
+            at.batch(1)
+        (batch,) = [wait for wait in waits if wait.name == "batch"]
+        assert batch.since_s == at.now_s - began > batch.limit_s
+        for lease in at.ask(4):
+            at.play(lease)
+        assert [c for c in conditions(at.hub, at.now_s) if c.name == "batch"] == [], "it has its batch"
 
 
 def test_what_the_trainer_is_busy_with_is_shown_until_it_falls_silent(tmp_path: Path) -> None:
