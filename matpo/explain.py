@@ -10,7 +10,7 @@ from typing import Any, Final
 from pydantic import BaseModel, JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 
-from matpo.redaction import HIDDEN
+from matpo.redaction import HIDDEN, shown_setting
 from matpo.tools_config import McpServer
 
 Tree = dict[str, JsonValue]
@@ -37,7 +37,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _problem(error: ErrorDetails, location: Sequence[str], model: type[BaseModel]) -> str:
-    key, value = ".".join(_shown(model, location)), _quoted(model, location, error["input"])
+    known = error["type"] != "extra_forbidden"
+    key, value = ".".join(_shown(model, location)), _quoted(model, location, error["input"], known=known)
     tag = str(error.get("ctx", {}).get("discriminator", "")).strip("'")
     match error["type"]:
         case "extra_forbidden":
@@ -72,12 +73,13 @@ def _known_there(model: type[BaseModel], location: Sequence[str]) -> str:
     return hint
 
 
-def _quoted(model: type[BaseModel], location: Sequence[str], value: object) -> str:
+def _quoted(model: type[BaseModel], location: Sequence[str], value: object, *, known: bool) -> str:
     """The value an error is about, unless it may be secret."""
     if not location:
         return ""
     if model is not McpServer and "mcpServers" not in location:
-        return f" = {value!r}"
+        seen = shown_setting(None if known else location[-1], value)
+        return f" = {HIDDEN}" if seen == HIDDEN else f" = {seen!r}"
     inside = location if model is McpServer else location[location.index("mcpServers") + 2 :]
     return f" = {value!r}" if inside and inside[0] in _NOT_SECRET else f" = {HIDDEN}"
 

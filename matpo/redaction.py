@@ -66,6 +66,18 @@ def shown_arguments(arguments: Sequence[str]) -> list[str]:
     return seen
 
 
+def shown_setting(name: str | None, value: object) -> object:
+    """What an error quotes of a setting. `name` of one that is not known, and may have been meant for a key; of a known
+    one, which is none, only the form of its value can tell."""
+    if isinstance(value, dict):
+        return {key: shown_setting(None if name is None else str(key), inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [shown_setting(name, inner) for inner in value]
+    if name is not None and _TELLING.search(name):
+        return HIDDEN
+    return _USERINFO.sub(HIDDEN, _ISSUED.sub(HIDDEN, value)) if isinstance(value, str) else value
+
+
 def _maybe(show: Callable[[str], str]) -> Callable[[str | None], str | None]:
     return lambda value: None if value is None else show(value)
 

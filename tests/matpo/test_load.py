@@ -86,6 +86,26 @@ def test_a_wrong_option_is_named_with_its_value_and_the_remedy(good: Path, overr
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            'rewards.judge={url="https://h/v1",model="m",api_key="planted-1"}',
+            "rewards.judge.api_key = <hidden>; did you",
+        ),
+        ('rewards.judge={url="https://me:planted-1@h/v1",model="m"}', "rewards.judge.url = 'https://<hidden>@h/v1'"),
+        ('rewards.jugde={model="m",api_key="planted-1"}', "= {'model': 'm', 'api_key': '<hidden>'}; did you"),
+        ("hub.heartbeat_s=sk-planted-1-planted", "hub.heartbeat_s = <hidden>"),
+        ("hub.key_dir=7", "hub.key_dir = 7"),
+    ],
+)
+def test_an_error_quotes_no_key_that_was_written_where_none_belongs(good: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(good, [override])
+    assert message in str(caught.value)
+    assert "planted" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("engine", "message"),
     [
         ('handover="collective"', 'set actor.engine.handover = "disk"'),
