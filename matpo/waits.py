@@ -113,7 +113,7 @@ WAITS: Final[Mapping[WaitName, Named]] = {
     "hub_status": Named(
         "the hub",
         10.0,
-        "process {pid} is frozen or overloaded; see logs/hub.jsonl, or kill it: the learner starts another",
+        "process {pid} is frozen or overloaded; see logs/hub.jsonl, or `kill -9 {pid}`: the learner starts another",
     ),
 }
 

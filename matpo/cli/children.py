@@ -42,10 +42,6 @@ class Children:
     interrupted: bool = False
     learner: Kept = field(init=False)
     actors: list[Kept] = field(init=False)
-    _learners: int = 0
-    """Started so far."""
-    _changed: anyio.Event = field(default_factory=anyio.Event)
-    """Set when a learner starts, and when there will be no other."""
     _all_left: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
@@ -70,7 +66,7 @@ class Children:
             for actor in self.actors:
                 actors.start_soon(self._keep_actor, actor, name=actor.name)
             code = await self.learner.keep(self.leaving)
-            self._leave()
+            self.leaving.set()
             if code != 0 and not self.interrupted:
                 raise UserError(f"the learner ended with code {code}: {self.learner.last_words()}")
             async with anyio.create_task_group() as leavers:
@@ -80,7 +76,7 @@ class Children:
     def drain(self) -> None:
         """Ask every child to finish or return what it holds and leave."""
         self.interrupted = True
-        self._leave()
+        self.leaving.set()
         for child in (self.learner, *self.actors):
             child.signal(signal.SIGTERM)
 
@@ -94,16 +90,16 @@ class Children:
             child.kill()
 
     async def _keep_actor(self, actor: Kept) -> None:
-        """An actor that its hub sent home has work again only with the next learner."""
+        """An actor that its hub sent home has work again only with the next hub: that of another learner, or where
+        somebody asked the hub alone to end."""
         while not self.leaving.is_set():
-            learners = self._learners
             await actor.keep(self.leaving)
-            while learners == self._learners and not self.leaving.is_set():
-                await self._changed.wait()
-
-    def _leave(self) -> None:
-        self.leaving.set()
-        self._changed.set()
+            home = self.folder.hub_address()
+            while not self.leaving.is_set():
+                hub = self.folder.hub_address()
+                if hub is not None and hub != home:
+                    break
+                await anyio.sleep(LOOK_EVERY_S)
 
     async def _see_off(self, actor: Kept) -> None:
         """The hub has sent the actors home: who does not go by itself is told, then killed."""
@@ -118,9 +114,6 @@ class Children:
                 if self.folder.hub_address() is None:
                     break
                 await anyio.sleep(LOOK_EVERY_S)
-        self._learners += 1
-        self._changed.set()
-        self._changed = anyio.Event()
         return sys.executable, "-m", "learner", str(self.folder.config), "--run", str(self.folder.path)
 
     def _actor_command(self, name: str) -> Command:

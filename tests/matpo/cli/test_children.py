@@ -1,0 +1,69 @@
+"""The processes of a run as `matpo run` keeps them, with small scripts in their place."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+
+from matpo.cli.children import Children
+from matpo.folder import HubAddress, RunFolder
+from matpo.keeper import always
+from tests.learner.hub.bench import make_config
+
+SENT_HOME = """
+import sys
+from pathlib import Path
+with Path(sys.argv[1]).open("a") as file:
+    file.write("x")
+"""
+UNTIL = """
+import sys, time
+from pathlib import Path
+while not Path(sys.argv[1]).exists():
+    time.sleep(0.02)
+"""
+
+
+def children(folder: Path) -> Children:
+    """A learner that ends once there is a file `done`, and an actor that is sent home as soon as it comes."""
+    made = Children(make_config(actor={"count": 1}), RunFolder(folder))
+    made.learner.command = always(sys.executable, "-S", "-c", UNTIL, str(folder / "done"))
+    made.actors[0].command = always(sys.executable, "-S", "-c", SENT_HOME, str(folder / "starts"))
+    return made
+
+
+def hub_runs(folder: Path) -> subprocess.Popen[bytes]:
+    """A process in the hub's place."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", UNTIL, str(folder / "done")])
+    address = HubAddress(endpoint="tcp://127.0.0.1:1", trainer_endpoint="ipc://x", pid=process.pid, run="r")
+    (folder / "hub.json").write_text(address.model_dump_json())
+    return process
+
+
+async def holds(condition: Callable[[], bool]) -> None:
+    """Look again and again: what other processes do can only be looked at."""
+    while True:
+        if condition():
+            return
+        await anyio.sleep(0.02)
+
+
+async def test_an_actor_that_was_sent_home_comes_again_with_the_next_hub_of_the_same_learner(tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    first = hub_runs(tmp_path)
+    with anyio.fail_after(60), children(tmp_path) as made:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(made.keep)
+            await holds(lambda: starts.is_file() and starts.read_text() == "x")
+            await anyio.sleep(0.5)
+            assert starts.read_text() == "x", "the hub that sent it home has no work for it"
+            first.terminate()
+            first.wait()
+            second = hub_runs(tmp_path)
+            await holds(lambda: starts.read_text() == "xx")
+            (tmp_path / "done").touch()
+    second.wait()
