@@ -111,7 +111,7 @@ class Children:
         """A learner that was killed leaves a hub and a trainer that end by themselves; the next waits for that."""
         with anyio.move_on_after(HUB_LEAVE_LIMIT_S):
             while True:
-                if self.folder.hub_address() is None:
+                if self.folder.hub_address() is None or self.leaving.is_set():
                     break
                 await anyio.sleep(LOOK_EVERY_S)
         return sys.executable, "-m", "learner", str(self.folder.config), "--run", str(self.folder.path)

@@ -67,3 +67,19 @@ async def test_an_actor_that_was_sent_home_comes_again_with_the_next_hub_of_the_
             await holds(lambda: starts.read_text() == "xx")
             (tmp_path / "done").touch()
     second.wait()
+
+
+async def test_a_learner_that_waits_for_the_hub_of_the_one_before_it_waits_no_more_once_asked_to_stop(
+    tmp_path: Path,
+) -> None:
+    hub = hub_runs(tmp_path)  # it finishes what a killed learner left to it
+    made = Children(make_config(actor={"count": 1}), RunFolder(tmp_path))
+    made.actors[0].command = always(sys.executable, "-S", "-c", SENT_HOME, str(tmp_path / "starts"))
+    with anyio.fail_after(20), made:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(made.keep)
+            await holds(lambda: (tmp_path / "starts").is_file())
+            made.drain()
+    assert hub.poll() is None and not (tmp_path / "logs" / "learner.out").exists()
+    (tmp_path / "done").touch()
+    hub.wait()
