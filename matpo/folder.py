@@ -71,15 +71,18 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Write the settings; what may be secret in them goes to a file beside them that only its owner may read."""
-        draft = self.config.with_name(f".config.{os.getpid()}")  # ranks of several machines may write it at once
-        draft.write_bytes(orjson.dumps(config.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
-        draft.replace(self.config)
         secrets = {name: hidden for name, entry in config.tools.mcpServers.items() if (hidden := entry.hidden())}
-        if secrets:
-            path = self.config.with_name(SECRETS_FILE)
-            path.unlink(missing_ok=True)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(orjson.dumps(secrets))
+        if secrets:  # first: whoever finds the settings finds what they hide
+            self._write(self.config.with_name(SECRETS_FILE), orjson.dumps(secrets), mode=0o600)
+        self._write(self.config, orjson.dumps(config.model_dump(mode="json"), option=orjson.OPT_INDENT_2), mode=0o644)
+
+    def _write(self, path: Path, content: bytes, *, mode: int) -> None:
+        """In one step: ranks of several machines may write it at once."""
+        draft = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+        draft.unlink(missing_ok=True)
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(content)
+        draft.replace(path)
 
     @property
     def config(self) -> Path:

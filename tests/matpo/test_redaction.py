@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import stat
 import sys
 from collections.abc import Iterator
@@ -139,6 +140,26 @@ def test_without_its_secrets_a_run_is_the_same_run_but_its_servers_say_what_is_m
     bare = load_config(folder.config)
     assert bare.shared_digest == config.shared_digest, "hub and actor agree, whoever holds the keys"
     assert bare.tools.mcpServers["one"].env["API_KEY"] == "<hidden>"
+
+
+def test_ranks_that_begin_a_run_at_the_same_moment_do_not_trip_over_the_secrets_of_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, opened = planted(tmp_path), os.open
+
+    def another_is_faster(path: Path, flags: int, mode: int = 0o777) -> int:
+        if "secrets" in path.name:
+            monkeypatch.setattr(os, "open", opened)
+            with monkeypatch.context() as other:
+                other.setattr(os, "getpid", lambda: 1)
+                RunFolder.at(tmp_path / "run", config)
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", another_is_faster)
+    folder = RunFolder.at(tmp_path / "run", config)
+    assert sorted(path.name for path in folder.path.iterdir()) == ["config.json", "secrets.json"]
+    assert stat.S_IMODE((folder.path / "secrets.json").stat().st_mode) == 0o600
+    assert load_config(folder.config).tools == config.tools
 
 
 def test_a_run_without_secrets_has_no_file_of_them(tmp_path: Path) -> None:
