@@ -24,6 +24,26 @@ class HubAddress(Record):
     trainer_endpoint: str
     pid: int
     run: str
+    born: int = 0
+    """As of `process_birth`: once the hub has ended, its number may be given to another process."""
+
+
+def process_birth(pid: int) -> int | None:
+    """When a process began, in ticks since the machine did; 0 where the system does not say; None for one that has
+    ended, even if its parent has not looked."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass  # somebody else's
+    try:
+        state, *fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
+    except OSError:
+        return 0
+    return None if state in "ZX" else int(fields[18])
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +176,5 @@ class RunFolder:
             raise UserError(
                 f"{str(self.hub)!r}, which names a run's hub, is damaged; stop that hub and remove the file"
             ) from error
-        try:
-            os.kill(address.pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:  # somebody else's hub
-            return address
-        return address
+        born = process_birth(address.pid)
+        return None if born is None or (born and address.born and born != address.born) else address

@@ -27,7 +27,7 @@ from learner.hub.summary import write_summary
 from matpo.config import Config
 from matpo.datasets.load import load_tasks
 from matpo.errors import UserError, first_error, run_command
-from matpo.folder import HubAddress, RunFolder
+from matpo.folder import HubAddress, RunFolder, process_birth
 from matpo.load import load_config
 from matpo.logs import configure_logs
 from matpo.metrics import MetricsFile
@@ -175,7 +175,10 @@ def trainer_path(folder: RunFolder) -> Iterator[Path]:
 
 def write_address(folder: RunFolder, endpoint: str, trainer_endpoint: str) -> None:
     """Tell actors and trainer where the hub is, in one step."""
-    address = HubAddress(endpoint=endpoint, trainer_endpoint=trainer_endpoint, pid=os.getpid(), run=folder.path.name)
+    pid, run = os.getpid(), folder.path.name
+    address = HubAddress(
+        endpoint=endpoint, trainer_endpoint=trainer_endpoint, pid=pid, run=run, born=process_birth(pid) or 0
+    )
     draft = folder.hub.with_suffix(".tmp")
     draft.write_text(address.model_dump_json(), encoding="utf-8")
     draft.replace(folder.hub)
