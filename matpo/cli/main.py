@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import subprocess
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +55,8 @@ def dispatch(arguments: Sequence[str]) -> int:
         case "keys":
             return int(parsed.act(parsed))
         case command:
-            return subprocess.run([sys.executable, "-m", *PASSED_ON[command], *rest], check=False).returncode
+            # In the place of this process: whoever signals, kills or waits for the one it knows means the other.
+            os.execv(sys.executable, [sys.executable, "-m", *PASSED_ON[command], *rest])
 
 
 PASSED_ON = {
