@@ -14,6 +14,7 @@ import anyio
 
 from actors.tools.calls import CallDispatcher
 from actors.tools.framing import MessageFraming, Reply
+from actors.tools.heir import heir
 from actors.tools.streams import Inbox, Outbox
 
 STDERR_LINES = 20
@@ -115,6 +116,7 @@ async def start_process(
             cwd=command.cwd,
             start_new_session=True,
         )
+        heir().gains(transport.get_pid())
     stdin = transport.get_pipe_transport(0)
     # uvloop's transports are no subclasses of asyncio's, so there is nothing to narrow by isinstance.
     outbox = Outbox(stdin)  # type: ignore[arg-type]
@@ -137,6 +139,7 @@ async def _stop(transport: asyncio.SubprocessTransport, process: ServerProcess, 
             break
     # Whatever the server left behind in its group goes with it.
     _signal_group(transport, signal.SIGKILL)
+    heir().loses(transport.get_pid())
     transport.close()
 
 
