@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
@@ -116,8 +118,9 @@ def checked_public(public: str) -> str:
 def allow(directory: Path, public: str) -> None:
     """Let the actor with this public key in; a running hub notices at once. Raises `BadKeys` for a malformed key."""
     checked_public(public)
-    if not directory.is_dir():
-        raise BadKeys(f"folder {directory} does not exist; make keys with `matpo keys new {directory}`")
+    with _reachable(directory / ALLOWED_FILE):
+        if not directory.is_dir():
+            raise BadKeys(f"folder {directory} does not exist; make keys with `matpo keys new {directory}`")
     known = allowed(directory)
     if public not in known:
         _write_secret(directory / ALLOWED_FILE, "".join(f"{key}\n" for key in [*known, public]))
@@ -126,34 +129,49 @@ def allow(directory: Path, public: str) -> None:
 def allowed(directory: Path) -> list[str]:
     """Public keys of those who may come in. Raises `BadKeys` where others could have written the list."""
     path = directory / ALLOWED_FILE
-    if not path.exists():
-        return []
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o022:
-        raise BadKeys(f"key list {path} can be changed by others (mode {mode:04o}); run `chmod 600 {path}`")
-    return path.read_text(encoding="ascii", errors="replace").split()
+    with _reachable(path):
+        if not path.exists():
+            return []
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & 0o022:
+            raise BadKeys(f"key list {path} can be changed by others (mode {mode:04o}); run `chmod 600 {path}`")
+        return path.read_text(encoding="ascii", errors="replace").split()
+
+
+@contextmanager
+def _reachable(path: Path) -> Iterator[None]:
+    """What the system does not let us do with a file is told as a key problem: keys are often somebody else's."""
+    try:
+        yield
+    except OSError as error:
+        raise BadKeys(
+            f"key file {path} cannot be used ({error.strerror}); it must belong to the user who runs matpo"
+        ) from error
 
 
 def _require_new(directory: Path, name: str) -> None:
-    if (directory / name).exists():
-        raise BadKeys(f"{directory / name} exists already; remove {directory} first or choose another directory")
+    with _reachable(directory / name):
+        if (directory / name).exists():
+            raise BadKeys(f"{directory / name} exists already; remove {directory} first or choose another directory")
 
 
 def _read_secret(path: Path) -> bytes:
-    if not path.is_file():
-        raise BadKeys(f"key file {path} does not exist; make keys with `matpo keys new {path.parent}`")
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
-        raise BadKeys(f"key file {path} can be read by others (mode {mode:04o}); run `chmod 600 {path}`")
-    return path.read_bytes()
+    with _reachable(path):
+        if not path.is_file():
+            raise BadKeys(f"key file {path} does not exist; make keys with `matpo keys new {path.parent}`")
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & 0o077:
+            raise BadKeys(f"key file {path} can be read by others (mode {mode:04o}); run `chmod 600 {path}`")
+        return path.read_bytes()
 
 
 def _write_secret(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(text)
-    draft.replace(path)
+    with _reachable(path):
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(text)
+        draft.replace(path)
 
 
 def _broken(path: Path) -> BadKeys:

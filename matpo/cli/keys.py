@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,9 +60,10 @@ def _new(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     folder = arguments.directory
-    if (folder / "hub.key").is_file():
+    there = {name for name in ("hub.key", "actor.key") if os.access(folder / name, os.F_OK)}
+    if "hub.key" in there:
         print(f"hub    {HubKeys.load(folder).pair.public}  (its secret: {folder / 'hub.key'})")
-    if (folder / "actor.key").is_file() or not (folder / "hub.key").is_file():
+    if there != {"hub.key"}:
         keys = ActorKeys.load(folder)
         print(f"actor  {keys.pair.public}  (its secret: {folder / 'actor.key'}) for the hub {keys.hub}")
     for public in allowed(folder):

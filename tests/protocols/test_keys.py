@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from protocols.channel import new_keys
+from matpo.cli.main import dispatch
+from matpo.errors import UserError
+from protocols.channel import new_actor_keys, new_keys
 from protocols.keys import ActorKeys, BadKeys, HubKeys, allow, allowed
 from protocols.sockets import new_pair
 
@@ -47,6 +52,41 @@ def test_allowing_twice_lists_a_key_once(tmp_path: Path) -> None:
     allow(tmp_path, public)
     allow(tmp_path, public)
     assert allowed(tmp_path) == [public]
+
+
+@contextmanager
+def somebody_else() -> Iterator[None]:
+    """Without the rights of root, if these tests have them."""
+    mine = os.geteuid()
+    if mine == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(mine)
+
+
+@pytest.mark.parametrize("closed", ["folder", "files"])
+def test_keys_that_belong_to_somebody_else_are_named_with_the_remedy(closed: str) -> None:
+    with TemporaryDirectory() as parent:
+        folder = Path(parent) / "keys"
+        new_keys(folder)
+        Path(parent).chmod(0o755)
+        for path in [folder] if closed == "folder" else [*folder.iterdir(), folder]:
+            path.chmod(0o000 if closed == "folder" or path != folder else 0o555)
+        tries: list[Callable[[], object]] = [
+            lambda: HubKeys.load(folder),
+            lambda: ActorKeys.load(folder),
+            lambda: allow(folder, "a" * 40),
+            lambda: new_actor_keys(folder / "new", hub="a" * 40),
+        ]
+        with somebody_else():
+            for one in tries:
+                with pytest.raises(BadKeys, match=r"cannot be (used|made) \(Permission denied\)"):
+                    one()
+            with pytest.raises(UserError, match=r"key file .* cannot be used"):
+                dispatch(["keys", "show", str(folder)])
+        folder.chmod(0o700)
 
 
 @pytest.mark.parametrize("public", ["", "short", "ä" * 40, "a" * 39 + "\n"])
