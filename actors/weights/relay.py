@@ -10,7 +10,7 @@ import argparse
 import re
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 UPSTREAM_CHUNKS: Final = 16
 """Most chunks asked for at once: credits of a relay, twice an actor's."""
+PULLER_CHUNKS: Final = 2 * UPSTREAM_CHUNKS
+"""Most chunks one puller may wait for here: more would be a queue that others stand behind."""
 HUB_PATIENCE_S: Final = 20.0
 
 
@@ -41,7 +43,7 @@ class Wanted:
     """A chunk somebody asked for that is not here yet."""
 
     request: ChunkRequest
-    peers: list[bytes]
+    peers: set[bytes]
 
 
 class Relay:
@@ -62,6 +64,8 @@ class Relay:
         self._cache = ChunkCache(memory_bytes)
         self._pullers: set[bytes] = set()
         self._wanted: dict[Place, Wanted] = {}
+        self._waits: Counter[bytes] = Counter()
+        """For how many of those each puller waits."""
         self._queue: deque[Place] = deque()
         self._asked: set[Place] = set()
         self._moved_s = time.monotonic()
@@ -98,15 +102,22 @@ class Relay:
             await self._hand(received.peer, place, content)
             return
         wanted = self._wanted.get(place)
-        if wanted is None:
-            self._wanted[place] = Wanted(request, [received.peer])
-            self._queue.append(place)
-            await self._ask()
-        elif wanted.request.size_bytes == request.size_bytes:
-            wanted.peers.append(received.peer)
-        else:
+        if wanted is not None and wanted.request.size_bytes != request.size_bytes:
             detail = f"another asked for {wanted.request.size_bytes} bytes at {request.offset}; ask for as many"
             await self._down.send(received.peer, Refuse(reason="malformed", detail=detail, about=request.name))
+        elif wanted is not None and received.peer in wanted.peers:
+            return  # asked again, because it takes long
+        elif self._waits[received.peer] >= PULLER_CHUNKS:
+            detail = f"you wait for {PULLER_CHUNKS} chunks already; ask again when some have come"
+            await self._down.send(received.peer, Refuse(reason="too_fast", detail=detail, about=request.name))
+        else:
+            self._waits[received.peer] += 1
+            if wanted is not None:
+                wanted.peers.add(received.peer)
+                return
+            self._wanted[place] = Wanted(request, {received.peer})
+            self._queue.append(place)
+            await self._ask()
 
     async def _ask(self) -> None:
         """Keep up to `UPSTREAM_CHUNKS` requests under way; what cannot be sent now is asked for when reminded."""
@@ -145,8 +156,7 @@ class Relay:
         wanted = self._wanted.get(place)
         if wanted is None or content.nbytes > wanted.request.size_bytes:
             return  # it came twice, or is not what was asked for
-        del self._wanted[place]
-        self._asked.discard(place)
+        self._forget(place)
         self._moved_s = time.monotonic()
         self.pulled_bytes += content.nbytes
         self._cache.put(place, content)
@@ -166,9 +176,13 @@ class Relay:
         for peer in {peer for place in places for peer in self._wanted[place].peers}:
             await self._down.send(peer, refusal)
         for place in places:
-            del self._wanted[place]
-            self._asked.discard(place)
+            self._forget(place)
         await self._ask()
+
+    def _forget(self, place: Place) -> None:
+        """Nobody waits for this chunk any more."""
+        self._waits -= Counter(self._wanted.pop(place).peers)
+        self._asked.discard(place)
 
     async def _remind(self) -> None:
         """Ask again for what does not come: whoever was asked may have been restarted."""

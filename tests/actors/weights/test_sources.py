@@ -12,7 +12,7 @@ from anyio.abc import TaskStatus
 
 from actors.engines.sglang.launch import free_port
 from actors.greet import greet
-from actors.weights.relay import Post, Relay, parse, run_relay
+from actors.weights.relay import PULLER_CHUNKS, Post, Relay, parse, run_relay
 from actors.weights.sources import FolderSource, RelaySource, beside_hub
 from matpo.config import ActorWeights
 from matpo.errors import UserError
@@ -175,6 +175,47 @@ async def test_hub_and_relay_refuse_those_who_want_another_run(tmp_path: Path) -
             await client.send(Heartbeat(leases=(), version=0, live_episodes=0, outbox_trees=0, sampled_tokens=0))
             answer, _ = await client.receive()
             assert answer == Refuse(reason="unexpected", detail="heartbeat belongs to the hub; this is a relay")
+
+
+async def test_a_puller_that_asks_for_everything_at_once_does_not_keep_another_waiting_behind_it() -> None:
+    asked: list[int] = []
+    begin = anyio.Event()
+    async with HubSocket.bind("tcp://127.0.0.1:0") as hub, anyio.create_task_group() as tasks:
+
+        async def serve() -> None:
+            while True:
+                received = await hub.receive()
+                match received.message:
+                    case PullHello():
+                        await hub.send(received.peer, Welcome(run=RUN, heartbeat_s=1.0))
+                    case ChunkRequest(name=name, offset=offset):
+                        await begin.wait()
+                        asked.append(offset)
+                        await hub.send(received.peer, Chunk(name=name, offset=offset), [b"x"])
+
+        tasks.start_soon(serve)
+        with anyio.fail_after(30):
+            async with (
+                relay_of(hub.endpoint, "relay") as (endpoint, _),
+                HubClient.connect(endpoint) as greedy,
+                HubClient.connect(endpoint) as modest,
+            ):
+                for client in (greedy, modest):
+                    await greet(client, pull_hello("puller"), deadline_s=10)
+                for offset in range(1000):
+                    await greedy.send(ChunkRequest(name="k", offset=offset, size_bytes=1))
+                for _ in range(1000 - PULLER_CHUNKS):
+                    answer, _ = await greedy.receive()
+                    assert isinstance(answer, Refuse) and (answer.reason, answer.about) == ("too_fast", "k")
+                await modest.send(ChunkRequest(name="k", offset=5000, size_bytes=1))
+                begin.set()
+                assert (await modest.receive())[0] == Chunk(name="k", offset=5000)
+                assert len(set(asked)) <= PULLER_CHUNKS + 1
+                for _ in range(PULLER_CHUNKS):
+                    assert isinstance((await greedy.receive())[0], Chunk)
+                await greedy.send(ChunkRequest(name="k", offset=999, size_bytes=1))
+                assert (await greedy.receive())[0] == Chunk(name="k", offset=999), "some have come: it may ask again"
+        tasks.cancel_scope.cancel()
 
 
 async def test_a_relay_is_no_actor_and_goes_home_with_the_run(tmp_path: Path) -> None:
