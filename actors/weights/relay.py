@@ -10,7 +10,7 @@ import argparse
 import re
 import socket
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from matpo.logs import configure_logs
 from protocols.channel import CannotListen, ChannelError, HubClient, HubSocket, Received
 from protocols.chunks import ChunkCache, Place
 from protocols.keys import ActorKeys, BadKeys, HubKeys
+from protocols.limits import PEERS
 from protocols.messages import PROTOCOL, Chunk, ChunkRequest, Drain, PullHello, Refuse, Welcome
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -62,7 +63,8 @@ class Relay:
         self._hello = hello.model_copy(update={"run": run})
         self._patience_s = patience_s
         self._cache = ChunkCache(memory_bytes)
-        self._pullers: set[bytes] = set()
+        self._pullers: OrderedDict[bytes, None] = OrderedDict()
+        """Those heard of last: a link of an actor lives as long as one object takes, and its end is not told."""
         self._wanted: dict[Place, Wanted] = {}
         self._waits: Counter[bytes] = Counter()
         """For how many of those each puller waits."""
@@ -85,11 +87,14 @@ class Relay:
             if isinstance(message, PullHello):
                 refusal = message.refusal(self._run)
                 if refusal is None:
-                    self._pullers.add(received.peer)
+                    self._pullers[received.peer] = None
+                    if len(self._pullers) > PEERS:
+                        self._pullers.popitem(last=False)
                 await self._down.send(received.peer, refusal or Welcome(run=self._run, heartbeat_s=0.0))
             elif received.peer not in self._pullers:
                 await self._down.send(received.peer, Refuse(reason="unknown_peer", detail="say pull_hello first"))
             elif isinstance(message, ChunkRequest):
+                self._pullers.move_to_end(received.peer)
                 await self._asked_for(received, message)
             else:
                 detail = f"{message.kind} belongs to the hub; this is a relay"
@@ -168,7 +173,7 @@ class Relay:
         if await self._down.send(peer, Chunk(name=place[0], offset=place[1]), [content]):
             self.served_bytes += len(content)
         else:
-            self._pullers.discard(peer)
+            self._pullers.pop(peer, None)
 
     async def _gone(self, name: str, refusal: Refuse) -> None:
         """The hub has the object no longer: so hear all who wait for it."""

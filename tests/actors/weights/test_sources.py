@@ -218,6 +218,26 @@ async def test_a_puller_that_asks_for_everything_at_once_does_not_keep_another_w
         tasks.cancel_scope.cancel()
 
 
+async def test_a_relay_forgets_links_that_are_gone_and_a_puller_it_forgot_says_hello_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.weights.relay.PEERS", 3)
+    async with (
+        learner(tmp_path / "run") as run,
+        relay_of(run.endpoint, "relay") as (endpoint, relay),
+        HubClient.connect(endpoint, deadline_s=10) as first,
+    ):
+        await greet(first, pull_hello("first"), deadline_s=10)
+        for number in range(5):
+            async with HubClient.connect(endpoint, deadline_s=10) as client:
+                await greet(client, pull_hello(f"later-{number}"), deadline_s=10)
+        assert len(relay._pullers) == 3
+        await first.send(ChunkRequest(name="keyframe-0", offset=0, size_bytes=1))
+        answer, _ = await first.receive()
+        assert isinstance(answer, Refuse) and answer.reason == "unknown_peer"
+        await greet(first, pull_hello("first"), deadline_s=10)
+
+
 async def test_a_relay_is_no_actor_and_goes_home_with_the_run(tmp_path: Path) -> None:
     async with learner(tmp_path / "run") as run, anyio.create_task_group() as tasks:
         post = Post(run.endpoint, "tcp://127.0.0.1:0", None, "relay", 2**20)
