@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import anyio
@@ -36,12 +37,16 @@ def children(folder: Path) -> Children:
     return made
 
 
-def hub_runs(folder: Path) -> subprocess.Popen[bytes]:
+@contextmanager
+def hub_runs(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process in the hub's place."""
-    process = subprocess.Popen([sys.executable, "-S", "-c", UNTIL, str(folder / "done")])
-    address = HubAddress(endpoint="tcp://127.0.0.1:1", trainer_endpoint="ipc://x", pid=process.pid, run="r")
-    (folder / "hub.json").write_text(address.model_dump_json())
-    return process
+    with subprocess.Popen([sys.executable, "-S", "-c", UNTIL, str(folder / "done")]) as process:
+        address = HubAddress(endpoint="tcp://127.0.0.1:1", trainer_endpoint="ipc://x", pid=process.pid, run="r")
+        (folder / "hub.json").write_text(address.model_dump_json())
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 async def holds(condition: Callable[[], bool]) -> None:
@@ -54,8 +59,7 @@ async def holds(condition: Callable[[], bool]) -> None:
 
 async def test_an_actor_that_was_sent_home_comes_again_with_the_next_hub_of_the_same_learner(tmp_path: Path) -> None:
     starts = tmp_path / "starts"
-    first = hub_runs(tmp_path)
-    with anyio.fail_after(60), children(tmp_path) as made:
+    with hub_runs(tmp_path) as first, anyio.fail_after(60), children(tmp_path) as made:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(made.keep)
             await holds(lambda: starts.is_file() and starts.read_text() == "x")
@@ -63,23 +67,19 @@ async def test_an_actor_that_was_sent_home_comes_again_with_the_next_hub_of_the_
             assert starts.read_text() == "x", "the hub that sent it home has no work for it"
             first.terminate()
             first.wait()
-            second = hub_runs(tmp_path)
-            await holds(lambda: starts.read_text() == "xx")
+            with hub_runs(tmp_path):
+                await holds(lambda: starts.read_text() == "xx")
             (tmp_path / "done").touch()
-    second.wait()
 
 
 async def test_a_learner_that_waits_for_the_hub_of_the_one_before_it_waits_no_more_once_asked_to_stop(
     tmp_path: Path,
 ) -> None:
-    hub = hub_runs(tmp_path)  # it finishes what a killed learner left to it
     made = Children(make_config(actor={"count": 1}), RunFolder(tmp_path))
     made.actors[0].command = always(sys.executable, "-S", "-c", SENT_HOME, str(tmp_path / "starts"))
-    with anyio.fail_after(20), made:
+    with hub_runs(tmp_path) as hub, anyio.fail_after(20), made:  # it finishes what a killed learner left to it
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(made.keep)
             await holds(lambda: (tmp_path / "starts").is_file())
             made.drain()
-    assert hub.poll() is None and not (tmp_path / "logs" / "learner.out").exists()
-    (tmp_path / "done").touch()
-    hub.wait()
+        assert hub.poll() is None and not (tmp_path / "logs" / "learner.out").exists()
