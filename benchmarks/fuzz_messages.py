@@ -54,7 +54,8 @@ ODD = [
 """What readers of JSON stumble over."""
 PLAUSIBLE: Sequence[JsonValue] = (
     0, 1, 2, 7, 63, 2**20, 2**31 - 1, 2**31, 2**53, -1, 0.5, 1e300, "", "x", "actor-0", "train-000000.0", "keyframe-0",
-    "../keyframe-0", "weights-0", "malformed", "a" * 300, "\u0000", None, True, [], {}, [0, 1], ["x", "y"],
+    "../keyframe-0", "weights-0", "malformed", "a" * 300, "\u0000", "train-1", "train-0", "train-\u00b2", "train--1",
+    None, True, [], {}, [0, 1], ["x", "y"],
 )  # fmt: skip
 """What a message may hold elsewhere: it stays JSON, and often a message."""
 
