@@ -187,6 +187,7 @@ class Hub:
         """Do everything that is due now; returns the evaluation rounds that finished."""
         for lease_id in self.leases.overdue(now_s):
             self.leases.end(lease_id, "expired")
+        self.roster.forget_gone(now_s)
         if self.draining is None:
             for actor, lease in self.granter.give(self.roster.live(now_s), now_s=now_s, at=at):
                 self._send("actors", actor.peer, lease)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from protocols.messages import Heartbeat, Hello, Wait
+
+GONE_S: Final = 3600.0
+"""An actor this long silent was taken away with its machine; one that comes after all says hello again."""
 
 
 @dataclass(slots=True)
@@ -60,6 +64,10 @@ class Roster:
     def forget(self, peer: bytes) -> None:
         """An actor left."""
         self._actors.pop(peer, None)
+
+    def forget_gone(self, now_s: float) -> None:
+        """Wait no longer for actors that will not come back."""
+        self._actors = {peer: actor for peer, actor in self._actors.items() if now_s - actor.heard_s <= GONE_S}
 
     def at(self, peer: bytes) -> KnownActor | None:
         return self._actors.get(peer)

@@ -8,6 +8,7 @@ import pytest
 
 from learner.hub.conditions import conditions, reported_waits
 from learner.hub.journal import Journal, JournalUnreadable
+from learner.hub.roster import GONE_S
 from learner.hub.tasks import TaskCursor
 from learner.hub.weights import KEYFRAMES_KEPT
 from matpo.waits import WaitBook, waiting
@@ -190,6 +191,20 @@ def test_waits_are_named_and_have_a_remedy(tmp_path: Path) -> None:
         at.step(seconds=5.0)
         silent = [c for c in conditions(at.hub, at.now_s) if c.what == "a heartbeat of actor-0"]
         assert len(silent) == 1 and "actor-0.jsonl" in silent[0].remedy
+
+
+def test_an_actor_whose_machine_was_taken_away_is_waited_for_for_an_hour(tmp_path: Path) -> None:
+    with bench(tmp_path) as at:
+        at.start()
+        at.hello("actor-1")
+        at.step(seconds=GONE_S - 60.0)
+        at.beat(actor="actor-1")
+        at.step(seconds=59.0)
+        assert {"a heartbeat of actor-0", "a heartbeat of actor-1"} <= {c.what for c in conditions(at.hub, at.now_s)}
+        at.step(seconds=2.0)
+        assert "a heartbeat of actor-0" not in {c.what for c in conditions(at.hub, at.now_s)}
+        assert [actor.actor_id for actor in at.hub.roster.everyone()] == ["actor-1"]
+        assert reason(at.beat(actor="actor-0")) == "unknown_peer", "and may say hello again"
 
 
 def test_the_wait_for_a_batch_grows_into_a_stall_though_the_trainer_is_told_in_between_that_there_is_none(
