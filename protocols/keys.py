@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import stat
@@ -121,9 +122,10 @@ def allow(directory: Path, public: str) -> None:
     with _reachable(directory / ALLOWED_FILE):
         if not directory.is_dir():
             raise BadKeys(f"folder {directory} does not exist; make keys with `matpo keys new {directory}`")
-    known = allowed(directory)
-    if public not in known:
-        _write_secret(directory / ALLOWED_FILE, "".join(f"{key}\n" for key in [*known, public]))
+    with _reachable(directory / ALLOWED_FILE), _alone(directory):
+        known = allowed(directory)
+        if public not in known:
+            _write_secret(directory / ALLOWED_FILE, "".join(f"{key}\n" for key in [*known, public]))
 
 
 def allowed(directory: Path) -> list[str]:
@@ -136,6 +138,17 @@ def allowed(directory: Path) -> list[str]:
         if mode & 0o022:
             raise BadKeys(f"key list {path} can be changed by others (mode {mode:04o}); run `chmod 600 {path}`")
         return path.read_text(encoding="ascii", errors="replace").split()
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """One at a time: of two that read the list at once, one would write over what the other added."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from matpo.cli.main import dispatch
 from matpo.errors import UserError
+from protocols import keys
 from protocols.channel import new_actor_keys, new_keys
 from protocols.keys import ActorKeys, BadKeys, HubKeys, allow, allowed
 from protocols.sockets import new_pair
@@ -52,6 +54,24 @@ def test_allowing_twice_lists_a_key_once(tmp_path: Path) -> None:
     allow(tmp_path, public)
     allow(tmp_path, public)
     assert allowed(tmp_path) == [public]
+
+
+def test_of_two_who_allow_a_key_at_once_neither_undoes_what_the_other_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = threading.Thread(target=allow, args=(tmp_path, "b" * 40))
+
+    def read_while_another_allows(directory: Path) -> list[str]:
+        monkeypatch.undo()
+        known = allowed(directory)
+        other.start()
+        other.join(timeout=0.3)  # it would be done by then, if it did not wait for us
+        return known
+
+    monkeypatch.setattr(keys, "allowed", read_while_another_allows)
+    allow(tmp_path, "a" * 40)
+    other.join(timeout=30)
+    assert allowed(tmp_path) == ["a" * 40, "b" * 40]
 
 
 @contextmanager
