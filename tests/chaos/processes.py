@@ -24,7 +24,8 @@ MODULES: dict[str, Role] = {
 
 
 def all_below(parent: Path) -> Iterator[tuple[Role, psutil.Process]]:
-    """Every process of ours whose command line names a path below `parent`, and the tool servers of its actors."""
+    """Every process of ours whose command line names a path below `parent`, and the tool servers of its actors with
+    the one that would end these (`actors.tools.heir`)."""
     for process in psutil.process_iter():
         if process.pid == os.getpid():
             continue
