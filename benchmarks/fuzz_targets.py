@@ -85,12 +85,12 @@ class HubUnderAttack:
             now_s=0.0,
         )  # fmt: skip
         keyframe = WeightObject(name="keyframe-0", kind="keyframe", version=0, base=None, size_bytes=8, digest="x")
-        (folder / "weights" / keyframe.name).write_bytes(b"contents")
         hello = self._hello = Hello(
             protocol=PROTOCOL, actor_id="actor-0", tokenizer_digest="t", config_digest=config.shared_digest, capacity=9
         )
         digest = config.shared_digest
         self._say("trainer", b"trainer", TrainerHello(protocol=PROTOCOL, step=0, config_digest=digest))
+        (folder / "weights" / keyframe.name).write_bytes(b"contents")
         self._say("trainer", b"trainer", Publish(version=0, digest=DIGEST, objects=(keyframe,)))
         self._say("actors", b"actor", hello)
         (lease,) = (m for m in self._say("actors", b"actor", LeaseRequest(episodes=2)) if isinstance(m, Lease))

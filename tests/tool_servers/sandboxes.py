@@ -6,7 +6,7 @@ import os
 import sys
 import textwrap
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import anyio
@@ -14,6 +14,7 @@ import psutil
 import pytest
 from mcp import StdioServerParameters
 
+from actors.tools import heir
 from tool_servers.code.pool import Pool
 from tool_servers.code.sandbox import TIERS, Allowance, SandboxError, Tier, choose_sandbox
 from tool_servers.code.worker import Finished
@@ -51,8 +52,14 @@ async def run(pool: Pool, program: str, timeout_s: float = 10.0) -> Finished:
 
 
 def children() -> list[psutil.Process]:
-    """Every process that this one has started and that still is."""
-    return psutil.Process().children(recursive=True)
+    """Every process that this one has started and that still is, but the one that stays for what other tests start."""
+    return [child for child in psutil.Process().children(recursive=True) if not is_heir(child)]
+
+
+def is_heir(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        return heir.__file__ in process.cmdline()
+    return False
 
 
 def spawn_server(*options: str) -> StdioServerParameters:
