@@ -329,7 +329,7 @@ async def test_a_busy_server_fails_the_call_for_any_client_and_a_cancelled_call_
             done = await client.call_tool("run_python", {"code": "6 * 7"})
             assert done.structured_content is not None
             assert done.structured_content["value"] == "42"
-            processes = psutil.Process().children(recursive=True)
+            processes = children()
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert alive == []
 
