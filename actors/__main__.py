@@ -71,8 +71,8 @@ async def run_actor(place: Place) -> None:
     seed = config.run.seed + zlib.crc32(place.actor_id.encode())
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
-        limits = {"limit_trees": config.actor.outbox_limit_trees, "limit_bytes": config.hub.max_message_bytes}
-        outbox = stack.enter_context(Outbox.open(folder, **limits))
+        limit_trees, limit_bytes = config.actor.outbox_limit_trees, config.hub.max_message_bytes
+        outbox = stack.enter_context(Outbox.open(folder, limit_trees=limit_trees, limit_bytes=limit_bytes))
         client = await enter(HubClient.connect(place.hub, keys=keys, deadline_s=place.patience_s))
         welcome = await greet(client, hello, deadline_s=place.patience_s)
         starting = await enter(Starting.beating(place.actor_id, client, outbox, every_s=welcome.heartbeat_s))

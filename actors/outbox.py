@@ -24,6 +24,7 @@ import structlog
 
 from matpo.errors import NO_SPACE, UserError
 from protocols.codec import MalformedTree, decode_header, encode_tree
+from protocols.limits import MAX_MESSAGE_BYTES
 from protocols.messages import Refuse, RefuseReason, TreeUpload
 from protocols.records import EpisodeTree
 
@@ -34,7 +35,6 @@ WINDOW_TREES = 32
 """Trees on their way at once: credits that bound the hub's memory."""
 RESEND_S = 15.0
 """A tree not acknowledged for so long is sent again; the hub knows it by its id."""
-LARGEST_BYTES = 256 * 2**20
 FINAL: frozenset[RefuseReason] = frozenset({"malformed", "oversized", "unknown_weights", "unknown_lease"})
 """Refusals that no resend can change: the tree is dropped and counted."""
 
@@ -75,7 +75,7 @@ class Outbox:
     @classmethod
     @contextmanager
     def open(
-        cls, folder: Path, *, limit_trees: int, limit_bytes: int = LARGEST_BYTES, resend_s: float = RESEND_S
+        cls, folder: Path, *, limit_trees: int, limit_bytes: int = MAX_MESSAGE_BYTES, resend_s: float = RESEND_S
     ) -> Iterator[Self]:
         """Find what an earlier process left; `limit_bytes` is what the hub takes in one message.
 

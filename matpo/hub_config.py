@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from matpo.section import Section
+from protocols.limits import MAX_MESSAGE_BYTES
 
 
 class Hub(Section):
@@ -22,7 +23,7 @@ class Hub(Section):
     """Leases of a group before it is closed with the trees it has."""
     min_group: int = Field(default=2, ge=2)
     """Fewest scored trees for a group to be trained on."""
-    max_message_bytes: int = Field(default=256 * 2**20, ge=2**16)
+    max_message_bytes: int = Field(default=MAX_MESSAGE_BYTES, ge=2**16)
     max_messages_per_s: float = Field(default=5_000, gt=0)
     """From one actor; more is refused and counted. Twice as many may come at once after a pause."""
     max_bytes_per_s: float = Field(default=256 * 2**20, gt=0)

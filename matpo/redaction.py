@@ -67,8 +67,8 @@ def shown_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def shown_setting(name: str | None, value: object) -> object:
-    """What an error quotes of a setting. `name` of one that is not known, and may have been meant for a key; of a known
-    one, which is none, only the form of its value can tell."""
+    """What an error quotes of a setting. Known settings hold no keys: `name` is None for them, and only a value that
+    looks like a key is hidden. An unknown one may have been meant for a key: `name` is what it was called."""
     if isinstance(value, dict):
         return {key: shown_setting(None if name is None else str(key), inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -15,7 +15,7 @@ import anyio
 import zmq
 
 from protocols.keys import ActorKeys, HubKeys, write_actor_keys, write_hub_keys
-from protocols.limits import Backlogs, Limits, Meter
+from protocols.limits import MAX_MESSAGE_BYTES, Backlogs, Limits, Meter
 from protocols.messages import ActorMessage, ChunkRequest, HubMessage, Refuse, TrainerMessage
 from protocols.refusals import (
     CannotListen,
@@ -98,7 +98,7 @@ class HubSocket:
         endpoint: str,
         *,
         keys: HubKeys | None = None,
-        max_message_bytes: int = 256 * 2**20,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
         limits: Limits | None = None,
     ) -> AsyncIterator[Self]:
         """Listen; `limits` bound what each peer may send. Raises `KeysNeeded` beyond this machine without keys,

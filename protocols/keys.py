@@ -122,10 +122,10 @@ def allow(directory: Path, public: str) -> None:
     with _reachable(directory / ALLOWED_FILE):
         if not directory.is_dir():
             raise BadKeys(f"folder {directory} does not exist; make keys with `matpo keys new {directory}`")
-    with _reachable(directory / ALLOWED_FILE), _alone(directory):
-        known = allowed(directory)
-        if public not in known:
-            _write_secret(directory / ALLOWED_FILE, "".join(f"{key}\n" for key in [*known, public]))
+        with _alone(directory):
+            known = allowed(directory)
+            if public not in known:
+                _write_secret(directory / ALLOWED_FILE, "".join(f"{key}\n" for key in [*known, public]))
 
 
 def allowed(directory: Path) -> list[str]:
@@ -142,7 +142,8 @@ def allowed(directory: Path) -> list[str]:
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """One at a time: of two that read the list at once, one would write over what the other added."""
+    """One at a time: of two that read the list at once, one would write over what the other added. The other holds it
+    for as long as a small file takes to write."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -15,6 +15,8 @@ TELL_EVERY_S: Final = 1.0
 """A peer that is too fast is told so this often; its other messages are counted only."""
 PEERS: Final = 4096
 """Peers remembered: those heard of last."""
+MAX_MESSAGE_BYTES: Final = 256 * 2**20
+"""A message to the hub, unless `hub.max_message_bytes` says otherwise."""
 MAX_BACKLOG_BYTES: Final = 256 * 2**20
 """Weights on their way to one peer; an actor asks for 32 MiB at a time."""
 

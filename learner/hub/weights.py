@@ -157,7 +157,7 @@ class WeightStore:
         known = {entry.name for entry in self._available}.union(self._unneeded)
         for path in self._folder.iterdir():
             if path.name not in known and path.is_file():
-                path.unlink()
+                path.unlink(missing_ok=True)  # its trainer may just have given it its name
 
     def _add(self, published: Published, *, at: float) -> None:
         self.latest = published
